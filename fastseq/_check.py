@@ -1,0 +1,78 @@
+"""Every argument error, in one place. Errors name the operation, the argument, what was expected, and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+# An array's shape and dtype; for anything that is not an array, () and its type.
+Signature = tuple[tuple[int, ...], np.dtype | type]
+
+
+def signature(value) -> Signature | None:
+    """All that the checks need to know of an argument."""
+    if value is None:
+        return None
+    return (value.shape, value.dtype) if isinstance(value, np.ndarray) else ((), type(value))
+
+
+def floats(op: str, name: str, value: Signature | None, dtype=None) -> None:
+    """A native float32 or float64 array, of `dtype` where given."""
+    got = value[1] if value is not None else type(None)
+    if not isinstance(got, np.dtype):
+        raise TypeError(f"{op}: {name} must be a NumPy array, got {got.__name__}")
+    if dtype is None and got not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float32 or float64, got {got!s}")
+    if dtype is not None and got != dtype:
+        raise TypeError(f"{op}: {name} must be {dtype!s} as x is, got {got!s}")
+
+
+def shape(op: str, name: str, got: tuple, letters: str, expected: Sequence[int]) -> None:
+    """The shape, in letters and numbers."""
+    if got != tuple(expected):
+        numbers = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
+        raise ValueError(f"{op}: {name} must be ({letters}) = ({numbers}), got {got}")
+
+
+def rank(op: str, name: str, got: tuple, letters: str) -> None:
+    """The number of axes, where their sizes are still free."""
+    n = letters.count(",") + 1
+    if len(got) != n:
+        raise ValueError(f"{op}: {name} must be ({letters}), {n} axes, got shape {got}")
+
+
+def lengths(op: str, value, T: int, B: int) -> np.ndarray | None:
+    """(B,) integers in 0..T, as int64."""
+    if value is None:
+        return None
+    value = np.asarray(value)
+    if value.dtype.kind not in "iu":
+        raise TypeError(f"{op}: lengths must be integers, got {value.dtype!s}")
+    shape(op, "lengths", value.shape, "B,", (B,))
+    value = np.ascontiguousarray(value, np.int64)
+    if B and (value.min() < 0 or value.max() > T):
+        b = int(np.argmax((value < 0) | (value > T)))
+        raise ValueError(f"{op}: lengths must be in 0..T = 0..{T}, got lengths[{b}] = {value[b]}")
+    return value
+
+
+def resets(op: str, value, T: int, B: int) -> np.ndarray | None:
+    """(T, B) bool."""
+    if value is None:
+        return None
+    value = np.asarray(value)
+    if value.dtype != np.bool_:
+        raise TypeError(f"{op}: resets must be bool, got {value.dtype!s}")
+    shape(op, "resets", value.shape, "T, B", (T, B))
+    return np.ascontiguousarray(value)
+
+
+def choice(op: str, name: str, value, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        expected = " or ".join(repr(a) for a in allowed)
+        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
+    return value

@@ -1,0 +1,145 @@
+"""Which kernels run, and on how many threads: the one place that decides, and can say why."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from fastseq.kernels.cpu import features
+
+LEVELS = ("baseline", "avx2", "avx512")
+_DTYPES = {"float32": "f32", "float64": "f64"}
+
+
+@cache
+def level() -> tuple[str, str]:
+    """The ISA level in use and why: the best this CPU has, capped by FASTSEQ_CPU."""
+    available = features.supported()
+    best = available[-1]
+    wanted = os.environ.get("FASTSEQ_CPU")
+    if not wanted:
+        return best, f"the best of {' '.join(available)} that this CPU and OS support"
+    if wanted not in LEVELS:
+        raise ValueError(f"FASTSEQ_CPU must be one of {' '.join(LEVELS)}, got {wanted!r}")
+    if wanted not in available:
+        raise ValueError(f"FASTSEQ_CPU={wanted}: this machine supports only {' '.join(available)}")
+    return wanted, f"FASTSEQ_CPU={wanted} (best here: {best})"
+
+
+@cache
+def recurrent(dtype: str) -> ModuleType:
+    """The recurrent kernels for "float32" or "float64" at the level in use."""
+    return importlib.import_module(
+        f"fastseq.kernels.cpu.recurrent_{level()[0]}_{_DTYPES[dtype]}"
+    )
+
+
+@cache
+def l2_bytes() -> int:
+    """A core's L2 in bytes; it decides how threads share a scan, never a result."""
+    try:
+        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (ValueError, OSError):
+        size = 0
+    return size if size > 0 else 1 << 20
+
+
+def _positive(name: str) -> int | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    # OMP_NUM_THREADS may be a list, one number per nesting level
+    first = text.split(",")[0] if name == "OMP_NUM_THREADS" else text
+    if not first.strip().isdigit() or int(first) < 1:
+        raise ValueError(f"{name} must be a positive integer, got {text!r}")
+    return int(first)
+
+
+def _cgroup_cpus() -> int | None:
+    """CPUs that the cgroup v2 or v1 quota allows, rounded up."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            folder = Path("/sys/fs/cgroup/cpu")
+            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if quota in {"max", "-1"}:
+        return None
+    return max(1, math.ceil(int(quota) / int(period)))
+
+
+@cache
+def _limits() -> dict[str, int]:
+    """What bounds the thread count for the life of the process."""
+    try:
+        affinity = len(os.sched_getaffinity(0))
+    except AttributeError:
+        affinity = os.cpu_count() or 1
+    limits = {
+        "CPU affinity": affinity,
+        "cgroup quota": _cgroup_cpus(),
+        "OMP_NUM_THREADS": _positive("OMP_NUM_THREADS"),
+        "FASTSEQ_NUM_THREADS": _positive("FASTSEQ_NUM_THREADS"),
+    }
+    return {name: n for name, n in limits.items() if n is not None}
+
+
+class _Threads:
+    """The process's settings; `forced` is for tests that need more threads than there are cores."""
+
+    user: int | None = None
+    forced: int | None = None
+    forked: bool = False
+
+
+def _after_fork() -> None:
+    _Threads.forked = True  # libgomp's pool did not survive the fork
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def thread_limits() -> dict[str, int]:
+    """Every bound on the thread count that applies now; the smallest one counts."""
+    limits = dict(_limits())
+    if _Threads.user is not None:
+        limits["set_num_threads"] = _Threads.user
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_num_threads"):
+        limits["torch.get_num_threads"] = torch.get_num_threads()
+    if _Threads.forked:
+        limits["forked child"] = 1
+    return limits
+
+
+def get_num_threads() -> int:
+    """Threads a kernel may use: the smallest of the user's setting, torch's, OMP_NUM_THREADS,
+    FASTSEQ_NUM_THREADS, the CPU affinity and the cgroup quota. Small work runs on one."""
+    if _Threads.forced is not None:
+        return _Threads.forced
+    return min(thread_limits().values())
+
+
+def set_num_threads(n: int | None) -> None:
+    """Use at most n threads from now on; None takes the limit back.
+
+    Results do not depend on the number of threads.
+
+    Args:
+        n: a positive integer, or None.
+
+    Raises:
+        ValueError: n is not a positive integer.
+    """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ValueError(f"set_num_threads: n must be a positive integer or None, got {n!r}")
+    _Threads.user = n

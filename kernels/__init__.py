@@ -1,0 +1,1 @@
+"""Compiled kernels; installed as `fastseq.kernels`. See README.md beside this file."""

@@ -1,0 +1,292 @@
+# The Python entries: arrays to pointers, scratch, threads. One parallel region per call, without the GIL.
+
+cdef Gomp gomp = gomp_open()        # written at import only
+
+
+cdef struct View:
+    real *data
+    Py_ssize_t stride[3]            # in elements
+
+
+cdef View view(object array) except *:
+    """Address and leading strides of an array of up to three axes; None gives NULL."""
+    cdef Py_buffer buffer
+    cdef View v
+    cdef int i
+    memset(&v, 0, sizeof(View))
+    if array is not None:
+        PyObject_GetBuffer(array, &buffer, PyBUF_STRIDED_RO)
+        v.data = <real *>buffer.buf
+        for i in range(min(buffer.ndim, 3)):
+            v.stride[i] = buffer.strides[i] // buffer.itemsize
+        PyBuffer_Release(&buffer)   # the caller's reference keeps the memory alive
+    return v
+
+
+cdef Weights weights_of(object arrays) except *:
+    cdef Weights w
+    w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr = NULL, NULL, NULL, NULL, NULL
+    if arrays is not None:
+        w_ih, w_hh, b_ih, b_hh, w_hr = arrays
+        w.w_ih, w.w_hh = view(w_ih).data, view(w_hh).data
+        w.b_ih, w.b_hh, w.w_hr = view(b_ih).data, view(b_hh).data, view(w_hr).data
+    return w
+
+
+cdef Job job_of(int cell, object scan) except *:
+    cdef Job j
+    cdef View v
+    T, B, I, hidden, P = scan.sizes
+    j.T, j.B = T, B
+    j.shape = shape_of(cell, I, hidden, P)
+    j.reverse = scan.reverse
+    j.lengths, j.order = <int64_t *>view(scan.lengths).data, <int64_t *>view(scan.order).data
+    j.resets = <uint8_t *>view(scan.resets).data
+    v = view(scan.x)
+    j.x, j.x_t, j.x_b = v.data, v.stride[0], v.stride[1]
+    j.h0, j.c0, j.packed = view(scan.h0).data, view(scan.c0).data, view(scan.packed).data
+    v = view(scan.y)
+    j.y, j.y_t, j.y_b = v.data, v.stride[0], v.stride[1]
+    j.h_n, j.c_n = view(scan.h_n).data, view(scan.c_n).data
+    v = view(scan.c)
+    j.c, j.c_t, j.c_b = v.data, v.stride[0], v.stride[1]
+    j.gates = view(scan.gates).data
+    v = view(scan.m)
+    j.m, j.m_t = v.data, v.stride[0]
+    if scan.m is not None and scan.m.shape[0] == 1:
+        j.m_t = 0
+    return j
+
+
+cdef int add_gradients(Job *j, object scan) except -1:
+    cdef View v
+    j.weights, j.d = weights_of(scan.weights), weights_of(scan.dweights)
+    v = view(scan.dy)
+    j.dy, j.dy_t, j.dy_b = v.data, v.stride[0], v.stride[1]
+    v = view(scan.dc)
+    j.dc, j.dc_t, j.dc_b = v.data, v.stride[0], v.stride[1]
+    j.dx, j.dh0, j.dc0 = view(scan.dx).data, view(scan.dh0).data, view(scan.dc0).data
+    return 0
+
+
+# ---- a call: independent jobs over a team
+
+cdef enum:
+    MAX_JOBS = 2                    # the directions of a layer
+
+
+cdef struct Call:
+    Job jobs[MAX_JOBS]
+    Barrier *barriers               # one per job
+    char *workspace[MAX_JOBS]       # backward: packed weights, dGATES, dh
+    int n_jobs
+    bint backward
+    bint failed                     # some thread got no memory
+    Py_ssize_t l2_bytes
+
+
+cdef int team_size(Call *call, int threads) noexcept nogil:
+    """Threads for all jobs together: whole threads per job, one for all where the work is small."""
+    cdef int each, most = 1, i
+    for i in range(call.n_jobs):
+        each = useful_threads(&call.jobs[i], max(1, threads // call.n_jobs), call.n_jobs)
+        most = max(most, each)
+    return min(threads, most)
+
+
+cdef void run_forward(Call *call, Part part) noexcept nogil:
+    cdef Forward f
+    cdef char *arena = NULL
+    cdef char *at
+    cdef Py_ssize_t panels
+    memset(&f, 0, sizeof(Forward))
+    f.part = part
+    f.at = packed_forward(&part.job.shape)
+    panels = part.job.shape.panels
+    f.p0 = share(panels, part.rank, part.size) if part.by_units else 0
+    f.p1 = share(panels, part.rank + 1, part.size) if part.by_units else panels
+    panels = ceil_div(part.job.shape.P, 4 * VL)
+    f.q0 = share(panels, part.rank, part.size) if part.by_units else 0
+    f.q1 = share(panels, part.rank + 1, part.size) if part.by_units else panels
+    forward_layout(&f, &arena)
+    if posix_memalign(<void **>&at, 64, <size_t>arena):
+        call.failed, at = True, NULL
+    barrier_wait(part.barrier, part.size)
+    if not call.failed:
+        arena = at
+        forward_layout(&f, &arena)
+        memset(f.part.zero, 0, <char *>f.scratch - <char *>f.part.zero)
+        forward_scan(&f)
+    free(at)
+
+
+cdef void run_backward(Call *call, Part part, char *workspace) noexcept nogil:
+    cdef Backward g
+    cdef const Shape *s = &part.job.shape
+    cdef char *arena = NULL
+    cdef char *at
+    cdef Py_ssize_t panels
+    memset(&g, 0, sizeof(Backward))
+    g.part = part
+    backward_shared(&g, &workspace)
+    panels = ceil_div(s.R, 4 * VL)
+    g.r0 = share(panels, part.rank, part.size) if part.by_units else 0
+    g.r1 = share(panels, part.rank + 1, part.size) if part.by_units else panels
+    panels = ceil_div(s.H, 4 * VL)
+    g.u0 = share(panels, part.rank, part.size) if part.by_units else 0
+    g.u1 = share(panels, part.rank + 1, part.size) if part.by_units else panels
+    backward_layout(&g, &arena)
+    if posix_memalign(<void **>&at, 64, <size_t>arena):
+        call.failed, at = True, NULL
+    barrier_wait(part.barrier, part.size)
+    if not call.failed:
+        arena = at
+        backward_layout(&g, &arena)
+        backward_slots(&g)
+        memset(g.part.zero, 0, <char *>g.acc - <char *>g.part.zero)
+        pack_backward(s, &part.job.weights, <real *>g.w, <const real **>g.out_row, part.rank, part.size)
+        barrier_wait(part.barrier, part.size)
+        backward_scan(&g)
+        barrier_wait(part.barrier, part.size)
+        backward_products(&g)
+    free(at)
+
+
+cdef void backward_shared(Backward *g, char **arena) noexcept nogil:
+    """The job's workspace: the same layout for every thread."""
+    cdef Job *job = g.part.job
+    cdef const Shape *s = &job.shape
+    g.at = packed_backward(s)
+    g.w = <real *>take(arena, g.at.total * sizeof(real))
+    g.dgates = <real *>take(arena, job.T * job.B * s.cell.planes * s.H * sizeof(real))
+    g.dh = <real *>take(arena, job.T * job.B * s.P * sizeof(real))
+
+
+cdef void run_member(Call *call, int rank, int size) noexcept nogil:
+    cdef int job = rank % call.n_jobs, step = size, members
+    cdef Part part
+    while job < call.n_jobs:
+        members = 1
+        if size >= call.n_jobs:
+            members = (size - job + call.n_jobs - 1) // call.n_jobs
+        part = part_of(&call.jobs[job], <Barrier *>(<char *>call.barriers + job * 128),
+                       rank // call.n_jobs if members > 1 else 0, members, call.l2_bytes)
+        if call.backward:
+            run_backward(call, part, call.workspace[job])
+        else:
+            run_forward(call, part)
+        job += step if size < call.n_jobs else call.n_jobs
+
+
+cdef void team_member(void *call) noexcept nogil:
+    run_member(<Call *>call, gomp.rank(), gomp.size())
+
+
+cdef int run(Call *call, int threads) except -1:
+    cdef int i
+    cdef bint failed = False
+    cdef Backward g
+    cdef char *arena
+    with nogil:
+        threads = team_size(call, threads) if gomp.parallel != NULL else 1
+        failed = posix_memalign(<void **>&call.barriers, 64, 128 * MAX_JOBS) != 0
+        if not failed:
+            memset(call.barriers, 0, 128 * MAX_JOBS)
+        for i in range(call.n_jobs):
+            call.workspace[i] = NULL
+            if call.backward and not failed:
+                g.part.job, arena = &call.jobs[i], NULL
+                backward_shared(&g, &arena)
+                failed = posix_memalign(<void **>&call.workspace[i], 64, <size_t>arena) != 0
+        if not failed:
+            if threads == 1:
+                run_member(call, 0, 1)
+            else:
+                gomp.parallel(team_member, call, threads, 0)
+        for i in range(call.n_jobs):
+            free(call.workspace[i])
+        free(call.barriers)
+    if failed or call.failed:
+        raise MemoryError("fastseq: no memory for the scan's scratch")
+    return 0
+
+
+cdef int run_scans(int cell, list scans, int threads, Py_ssize_t l2_bytes, bint backward) except -1:
+    cdef Call call
+    cdef int i
+    call.n_jobs, call.backward, call.failed, call.l2_bytes = len(scans), backward, False, l2_bytes
+    call.barriers = NULL
+    for i in range(call.n_jobs):
+        call.jobs[i] = job_of(cell, scans[i])
+        if backward:
+            add_gradients(&call.jobs[i], scans[i])
+    return run(&call, threads)
+
+
+def forward(int cell, list scans, int threads, Py_ssize_t l2_bytes):
+    """Run one or two independent scans forward. `threads` is the most to use, `l2_bytes` a core's L2."""
+    run_scans(cell, scans, threads, l2_bytes, False)
+
+
+def backward(int cell, list scans, int threads, Py_ssize_t l2_bytes):
+    """Backpropagation through time of the same scans: dx, dh0, dc0 and the weights' gradients."""
+    run_scans(cell, scans, threads, l2_bytes, True)
+
+
+def packed_size(int cell, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P):
+    """Reals of one direction's packed weights."""
+    cdef Shape s = shape_of(cell, I, H, P)
+    return packed_forward(&s).total
+
+
+def gate_row(int cell, Py_ssize_t H):
+    """Reals kept per (t, b) of one direction for backward; 0 where the cell needs only y."""
+    cdef Shape s = shape_of(cell, 1, H, 0)
+    return s.gate_row if s.cell.saves_gates else 0
+
+
+cdef struct PackCall:
+    Shape shape
+    Weights weights
+    real *out
+
+
+cdef void pack_member(void *call) noexcept nogil:
+    cdef PackCall *p = <PackCall *>call
+    pack_forward(&p.shape, &p.weights, p.out, gomp.rank(), gomp.size())
+
+
+def pack(int cell, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P, tuple weights, out, int threads):
+    """Pack one direction's weights (w_ih, w_hh, b_ih, b_hh, w_hr) for `forward` into `out`."""
+    cdef PackCall p
+    p.shape = shape_of(cell, I, H, P)
+    p.weights = weights_of(weights)
+    p.out = view(out).data
+    with nogil:
+        if threads > 1 and gomp.parallel != NULL and packed_forward(&p.shape).total > SMALL_PACK:
+            gomp.parallel(pack_member, &p, threads, 0)
+        else:
+            pack_forward(&p.shape, &p.weights, p.out, 0, 1)
+
+
+cdef enum:
+    SMALL_PACK = 65536              # reals; below, one thread is done before a second one wakes
+
+
+def fingerprint(array, uint64_t seed):
+    """A 64-bit hash of a contiguous array's bytes."""
+    cdef Py_buffer buffer
+    cdef uint64_t h, rest = 0
+    PyObject_GetBuffer(array, &buffer, PyBUF_STRIDED_RO)
+    with nogil:
+        h = hash_words(<uint64_t *>buffer.buf, buffer.len // 8, seed)
+        if buffer.len % 8:
+            memcpy(&rest, <char *>buffer.buf + buffer.len // 8 * 8, buffer.len % 8)
+            h = hash_words(&rest, 1, h)
+    PyBuffer_Release(&buffer)
+    return h
+
+
+def description():
+    """(lanes, bytes of a real, whether a thread pool was found)."""
+    return VL, sizeof(real), gomp.parallel != NULL

@@ -1,0 +1,306 @@
+# The backward scan of one job, and the products after it.
+#
+#   dh_t    = dy_t + dGATES_{t+1} W_hh + what reached h_t directly          (with a projection: then dm_t = dh_t W_hr)
+#   dGATES_t, dc_{t-1} = cell'(dh_t, dc_t, saved)                           tile by tile, as in forward
+#   dx      = dGATES W_ih        dW_ih = sum dGATES' x        dW_hh = sum dGATES' h_{t-1}        db = sum dGATES
+#
+# Step -1 is the initial state. Cost: twice the forward's FLOP. dGATES of all steps is kept: T B planes H reals.
+
+cdef struct Backward:
+    Part part
+    Packed at
+    const real *w               # packed_backward, shared by the job's threads
+    real *dgates                # (T, B, planes * H), shared
+    real *dh                    # (T, B, P) with a projection, shared
+    Py_ssize_t r0, r1           # its panels of the R columns of h
+    Py_ssize_t u0, u1           # its panels of the H units; those of R without a projection
+    real *acc                   # (MAX_ROWS, 4 * VL)
+    Rows rows
+    const real **from_gates     # dGATES rows of the step after
+    real **dh_row
+    # the products
+    Py_ssize_t M                # active rows (t, b) of the job
+    const real **dgates_row
+    const real **b_row
+    real **out_row              # max(M, 4 H)
+    real *sums                  # (3 H) where b_hh's gradient is not b_ih's
+    real *outer_scratch
+
+
+cdef Py_ssize_t all_active(const Job *job) noexcept nogil:
+    cdef Py_ssize_t b, M = job.T * job.B
+    if job.lengths != NULL:
+        M = 0
+        for b in range(job.B):
+            M += job.lengths[b]
+    return M
+
+
+cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
+    cdef const Shape *s = &g.part.job.shape
+    cdef Py_ssize_t n = g.part.n, pointer = sizeof(void *), most, width
+    cdef int slot
+    g.M = all_active(g.part.job)
+    width = s.cell.planes * s.H
+    most = max(g.M, width, s.P)
+    g.part.tail = <real *>take(arena, TAIL_BYTES)
+    g.part.zero = <real *>take(arena, (max(width, s.R, s.I) + TAIL_ROW) * sizeof(real))
+    g.acc = <real *>take(arena, MAX_ROWS * TAIL_ROW * sizeof(real))
+    for slot in range(SLOTS):
+        g.rows.row[slot] = <real **>take(arena, n * pointer)
+    g.from_gates = <const real **>take(arena, n * pointer)
+    g.dh_row = <real **>take(arena, n * pointer)
+    g.dgates_row = <const real **>take(arena, g.M * pointer)
+    g.b_row = <const real **>take(arena, g.M * pointer)
+    g.out_row = <real **>take(arena, most * pointer)
+    g.sums = <real *>take(arena, width * sizeof(real))
+    g.outer_scratch = <real *>take(arena, outer_scratch(max(s.I, s.R, s.H)) * sizeof(real))
+
+
+cdef void backward_slots(Backward *g) noexcept nogil:
+    """Leave only the slots that the cell has."""
+    cdef const Shape *s = &g.part.job.shape
+    if not s.cell.saves_gates:
+        g.rows.row[GATES] = NULL
+    if not s.cell.dh_direct:
+        g.rows.row[DH_OUT] = g.rows.row[H_PREV] = NULL
+    if s.cell.saves_gates:
+        g.rows.row[H] = NULL
+    if not s.cell.has_c:
+        g.rows.row[C] = g.rows.row[C_PREV] = g.rows.row[DC_EXTERNAL] = NULL
+        g.rows.row[DC_IN] = g.rows.row[DC_OUT] = NULL
+    g.rows.row[DH_PRODUCT] = NULL
+
+
+cdef const real *h_before(const Job *job, const real *zero, Py_ssize_t s, Py_ssize_t t, Py_ssize_t b) noexcept nogil:
+    if is_reset(job, t, b):
+        return zero
+    if s == 0:
+        return zero if job.h0 == NULL else job.h0 + b * job.shape.R
+    return job.y + (t + 1 if job.reverse else t - 1) * job.y_t + b * job.y_b
+
+
+cdef const real *c_before(const Job *job, const real *zero, Py_ssize_t s, Py_ssize_t t, Py_ssize_t b) noexcept nogil:
+    if is_reset(job, t, b):
+        return zero
+    if s == 0:
+        return zero if job.c0 == NULL else job.c0 + b * job.shape.H
+    return job.c + (t + 1 if job.reverse else t - 1) * job.c_t + b * job.c_b
+
+
+cdef void backward_rows(Backward *g, Py_ssize_t s, Py_ssize_t active) noexcept nogil:
+    """Point at what flows into step s from the one after it and from outside, and at what it keeps."""
+    cdef Job *job = g.part.job
+    cdef const Shape *shape = &job.shape
+    cdef Py_ssize_t i, b, t, after, dgates_row = shape.cell.planes * shape.H
+    cdef real *zero = g.part.zero
+    cdef real ***row = g.rows.row
+    cdef bint enters, flows
+    cdef real *dh_in
+    cdef real *dc_in
+    for i in range(active):
+        b = row_of(&g.part, i)
+        enters = s + 1 == length_of(job, b)
+        after = time_of(job, b, s + 1)
+        flows = not enters and not is_reset(job, after, b)
+        g.from_gates[i] = g.dgates + (after * job.B + b) * dgates_row if flows else zero
+        dh_in = dc_in = zero
+        if enters and job.h_n != NULL:
+            dh_in = job.h_n + b * shape.R
+        elif flows and shape.cell.dh_direct:
+            dh_in = job.dh0 + b * shape.R
+        row[DH_IN][i] = dh_in
+        if shape.cell.has_c:
+            if enters and job.c_n != NULL:
+                dc_in = job.c_n + b * shape.H
+            elif flows:
+                dc_in = job.dc0 + b * shape.H
+            row[DC_IN][i] = dc_in
+            row[DC_OUT][i] = job.dc0 + b * shape.H
+        if row[DH_OUT] != NULL:
+            row[DH_OUT][i] = job.dh0 + b * shape.R
+        row[DY][i] = zero
+        g.dh_row[i] = job.dh0 + b * shape.R
+        if s < 0:
+            continue
+        t = time_of(job, b, s)
+        if job.dy != NULL:
+            row[DY][i] = <real *>job.dy + t * job.dy_t + b * job.dy_b
+        if shape.P > 0:
+            g.dh_row[i] = g.dh + (t * job.B + b) * shape.P
+        row[DGATES][i] = g.dgates + (t * job.B + b) * dgates_row
+        if row[GATES] != NULL:
+            row[GATES][i] = job.gates + (t * job.B + b) * shape.gate_row
+        if row[H] != NULL:
+            row[H][i] = job.y + t * job.y_t + b * job.y_b
+        if row[H_PREV] != NULL:
+            row[H_PREV][i] = <real *>h_before(job, zero, s, t, b)
+        if shape.cell.has_c:
+            row[C][i] = job.c + t * job.c_t + b * job.c_b
+            row[C_PREV][i] = <real *>c_before(job, zero, s, t, b)
+            row[DC_EXTERNAL][i] = zero if job.dc == NULL else <real *>job.dc + t * job.dc_t + b * job.dc_b
+
+
+cdef void collect(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) noexcept nogil:
+    """dh = product + dy + dh_in, kept: the initial state's gradient, or what a projection passes on."""
+    cdef Py_ssize_t valid = imin(4 * VL, g.part.job.shape.R - col), r, k
+    cdef const real *dy
+    cdef const real *dh_in
+    cdef const real *acc
+    cdef real *dh
+    for r in range(n):
+        acc = g.acc + r * 4 * VL
+        dy = g.rows.row[DY][first + r] + col
+        dh_in = g.rows.row[DH_IN][first + r] + col
+        dh = g.dh_row[first + r] + col
+        for k in range(valid):
+            dh[k] = acc[k] + dy[k] + dh_in[k]
+
+
+cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
+                           Py_ssize_t active, bint to_cell) noexcept nogil:
+    """a W by tiles; each tile goes to the cell, or is kept as dh. Rows of nothing but zeros cost nothing."""
+    cdef Py_ssize_t width = 4 * VL, most = tile_rows(4), panel, i, n, r, left, k
+    cdef real *acc[MAX_ROWS]
+    for r in range(MAX_ROWS):
+        acc[r] = g.acc + r * width
+    for panel in range(p0, p1):
+        i = 0
+        left = ceil_div(active, most)
+        while left > 0:
+            n = ceil_div(active - i, left)
+            k = 0
+            for r in range(n):
+                if a[i + r] != g.part.zero:
+                    k = K
+            tile(n, 4, a + i, 0, k, w + panel * K * width, g.part.zero, acc, 0)
+            if to_cell:
+                call_cell(&g.part, &g.rows, i, n, panel * width, width, g.acc, False)
+            else:
+                collect(g, i, n, panel * width)
+            i += n
+            left -= 1
+
+
+cdef void backward_scan(Backward *g) noexcept nogil:
+    cdef Job *job = g.part.job
+    cdef const Shape *shape = &job.shape
+    cdef Py_ssize_t s, i, active = 0, K = shape.cell.gates * shape.H
+    cdef bint projected = shape.P > 0
+    for s in range(g.part.steps - 1, -2, -1):
+        while active < g.part.n and length_of(job, row_of(&g.part, active)) > s:
+            active += 1
+        backward_rows(g, s, active)
+        backward_product(g, g.from_gates, K, g.w + g.at.w_hh, g.r0, g.r1, active, s >= 0 and not projected)
+        if s >= 0:
+            sync(&g.part)
+            if projected:
+                for i in range(active):
+                    g.rows.row[DY][i] = g.rows.row[DH_IN][i] = g.part.zero
+                backward_product(g, <const real **>g.dh_row, shape.P, g.w + g.at.w_hr, g.u0, g.u1, active, True)
+                sync(&g.part)
+        elif shape.cell.has_c:
+            sync(&g.part)
+            i = g.part.own
+            while i < g.part.n:
+                if g.rows.row[DC_IN][i] != g.rows.row[DC_OUT][i]:
+                    memcpy(g.rows.row[DC_OUT][i], g.rows.row[DC_IN][i], shape.H * sizeof(real))
+                i += g.part.own_step
+
+
+# ---- the products after the scan: M active rows, step by step and in each step by descending length
+
+cdef enum Source:
+    INPUT, STATE, PROJECTED
+
+
+cdef void gather(Backward *g, Part *whole, Source source) noexcept nogil:
+    """dgates_row and b_row for one weight gradient."""
+    cdef Job *job = g.part.job
+    cdef const Shape *shape = &job.shape
+    cdef Py_ssize_t s, i, b, t, row, M = 0, active = job.B
+    cdef Py_ssize_t input_planes = (shape.cell.planes - shape.cell.gates) * shape.H
+    for s in range(whole.steps):
+        active = active_rows(whole, s, active)
+        for i in range(active):
+            b = row_of(whole, i)
+            t = time_of(job, b, s)
+            row = t * job.B + b
+            g.dgates_row[M] = g.dgates + row * shape.cell.planes * shape.H
+            if source == INPUT:
+                g.dgates_row[M] = g.dgates_row[M] + input_planes
+                g.b_row[M] = job.x + t * job.x_t + b * job.x_b
+                if job.dx != NULL:
+                    g.out_row[M] = job.dx + row * shape.I
+            elif source == STATE:
+                g.b_row[M] = h_before(job, g.part.zero, s, t, b)
+            else:
+                g.dgates_row[M] = g.dh + row * shape.P
+                g.b_row[M] = job.m + t * job.m_t + b * shape.H
+            M += 1
+
+
+cdef void weight_gradient(Backward *g, real *dw, Py_ssize_t rows, Py_ssize_t columns, bint state_planes,
+                          real *sums) noexcept nogil:
+    """This thread's share of the rows of dw (rows, columns), from the gathered rows."""
+    cdef const Shape *shape = &g.part.job.shape
+    cdef Py_ssize_t m
+    cdef Outer o
+    for m in range(rows):
+        g.out_row[m] = dw + (plane_gate(shape, <int>(m // shape.H), state_planes) * shape.H
+                             + m % shape.H if state_planes else m) * columns
+    o.K, o.N = g.M, columns
+    o.m0, o.m1 = share(rows, g.part.rank, g.part.size), share(rows, g.part.rank + 1, g.part.size)
+    o.a, o.b, o.c, o.sums = g.dgates_row, g.b_row, g.out_row, sums
+    outer(&o, g.outer_scratch)
+
+
+cdef void input_gradient(Backward *g) noexcept nogil:
+    """dx = dGATES W_ih for this thread's share of the gathered rows, zeros past the ends."""
+    cdef Job *job = g.part.job
+    cdef const Shape *shape = &job.shape
+    cdef Py_ssize_t m0 = share(g.M, g.part.rank, g.part.size), m1 = share(g.M, g.part.rank + 1, g.part.size), b, t
+    cdef Product p
+    p.K, p.nv, p.w = shape.cell.gates * shape.H, 4, g.w + g.at.w_ih
+    p.p0, p.p1, p.init = 0, ceil_div(shape.I, 4 * VL), g.part.zero
+    p.panel_stride, p.columns, p.tail = 4 * VL, shape.I, g.part.tail
+    product(&p, g.dgates_row + m0, g.out_row + m0, m1 - m0)
+    b = g.part.rank
+    while b < job.B:
+        for t in range(length_of(job, b), job.T):
+            memset(job.dx + (t * job.B + b) * shape.I, 0, shape.I * sizeof(real))
+        b += g.part.size
+
+
+cdef void bias_gradient(Backward *g) noexcept nogil:
+    """db_hh of this thread's rows: b_ih's, or where hn stays apart the sums over the state's planes."""
+    cdef Job *job = g.part.job
+    cdef const Shape *shape = &job.shape
+    cdef Py_ssize_t m, rows = shape.cell.gates * shape.H
+    cdef real *db = <real *>job.d.b_hh
+    for m in range(share(rows, g.part.rank, g.part.size), share(rows, g.part.rank + 1, g.part.size)):
+        if shape.cell.planes > shape.cell.gates:
+            db[plane_gate(shape, <int>(m // shape.H), True) * shape.H + m % shape.H] = g.sums[m]
+        else:
+            db[m] = job.d.b_ih[m]
+
+
+cdef void backward_products(Backward *g) noexcept nogil:
+    cdef Job *job = g.part.job
+    cdef const Shape *shape = &job.shape
+    cdef Py_ssize_t rows = shape.cell.gates * shape.H
+    cdef bint apart = shape.cell.planes > shape.cell.gates
+    cdef Part whole = part_of(job, NULL, 0, 1, 0)
+    gather(g, &whole, INPUT)
+    if job.dx != NULL:
+        input_gradient(g)
+    if job.d.w_ih == NULL:
+        return
+    weight_gradient(g, <real *>job.d.w_ih, rows, shape.I, False, <real *>job.d.b_ih)
+    gather(g, &whole, STATE)
+    weight_gradient(g, <real *>job.d.w_hh, rows, shape.R, True, g.sums if apart and job.d.b_ih != NULL else NULL)
+    if job.d.b_ih != NULL:
+        bias_gradient(g)
+    if shape.P > 0:
+        gather(g, &whole, PROJECTED)
+        weight_gradient(g, <real *>job.d.w_hr, shape.P, shape.H, False, NULL)

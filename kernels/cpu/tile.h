@@ -1,0 +1,139 @@
+/* tile.h: the register tile and the packing that feeds it.
+ *
+ *   c[r][:] += sum_k a[r][k] * w[k][:]      r < rows, NV vectors of VL columns
+ *
+ * `w` is one packed panel [K][NV * VL]; rows of `a` and `c` are given by pointers, so strides, variable lengths
+ * and shifted states need no copy. Every element is one chain of multiply-adds over k in ascending order,
+ * whatever the number of rows: a row's bits depend neither on its neighbours nor on the thread count.
+ * Cost: 2 rows K NV VL FLOP; reads K NV VL packed reals once for all rows.
+ */
+#ifndef FASTSEQ_TILE_H
+#define FASTSEQ_TILE_H
+
+#include "vec.h"
+
+/* Rows that keep the accumulators in registers: 32 of them with AVX-512, 16 below.
+ * Zen 4, one core, against the next best height: 6x4 of 24 registers, 8x3 likewise. */
+enum {
+    MAX_ROWS = 8,
+    ROWS_NV4 = VBYTES == 64 ? 6 : 3,
+    ROWS_NV3 = VBYTES == 64 ? 8 : 4,
+};
+
+INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
+
+/* init: NULL to add to c, else one row that every row of c starts from. */
+INLINE void tile_fixed(const int rows, const int nv, const real *const *a, intptr_t k0, intptr_t k1,
+                       const real *w, const real *init, real *const *c, intptr_t col) {
+    vec acc[MAX_ROWS][4];
+    const real *row[MAX_ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        row[r] = a[r];
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++)
+            acc[r][j] = load(init ? init + j * VL : c[r] + col + j * VL);
+    }
+    for (intptr_t k = k0; k < k1; k++, w += nv * VL) {
+        vec wk[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++)
+            wk[j] = load(w + j * VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            vec ark = broadcast(row[r][k]);
+#pragma GCC unroll 4
+            for (int j = 0; j < nv; j++)
+                acc[r][j] += ark * wk[j];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < nv; j++)
+            store(c[r] + col + j * VL, acc[r][j]);
+}
+
+/* One out-of-line function per tile shape, so that each inner loop has the registers to itself. */
+#define TILE(R, NV)                                                                                                    \
+    static __attribute__((noinline, unused)) void tile_##R##x##NV(                                                     \
+        const real *const *a, intptr_t k0, intptr_t k1, const real *w, const real *init, real *const *c,               \
+        intptr_t col) {                                                                                                \
+        tile_fixed(R, NV, a, k0, k1, w, init, c, col);                                                                 \
+    }
+TILE(1, 3) TILE(2, 3) TILE(3, 3) TILE(4, 3) TILE(1, 4) TILE(2, 4) TILE(3, 4)
+#if VBYTES == 64
+TILE(5, 3) TILE(6, 3) TILE(7, 3) TILE(8, 3) TILE(4, 4) TILE(5, 4) TILE(6, 4)
+#endif
+#undef TILE
+
+typedef void (*TileFn)(const real *const *, intptr_t, intptr_t, const real *, const real *, real *const *, intptr_t);
+
+/* rows <= tile_rows(nv), nv is 3 or 4. */
+INLINE void tile(intptr_t rows, int nv, const real *const *a, intptr_t k0, intptr_t k1, const real *w,
+                 const real *init, real *const *c, intptr_t col) {
+#if VBYTES == 64
+    static const TileFn nv3[] = {0, tile_1x3, tile_2x3, tile_3x3, tile_4x3, tile_5x3, tile_6x3, tile_7x3, tile_8x3};
+    static const TileFn nv4[] = {0, tile_1x4, tile_2x4, tile_3x4, tile_4x4, tile_5x4, tile_6x4};
+#else
+    static const TileFn nv3[] = {0, tile_1x3, tile_2x3, tile_3x3, tile_4x3};
+    static const TileFn nv4[] = {0, tile_1x4, tile_2x4, tile_3x4};
+#endif
+    (nv == 4 ? nv4 : nv3)[rows](a, k0, k1, w, init, c, col);
+}
+
+/* dst[k][lane] = src[lane][k] for VL source rows (NULL reads as zeros); consecutive k are `ld` apart in dst.
+ * Blocked so that the VL source lines and the destination stay in L1. */
+static __attribute__((unused)) void pack_transposed(const real *const *src, intptr_t K, real *dst, intptr_t ld) {
+    for (intptr_t k0 = 0; k0 < K; k0 += VL) {
+        intptr_t n = K - k0 < VL ? K - k0 : VL;
+        real block[VL][VL];
+        for (intptr_t l = 0; l < VL; l++) {
+            if (src[l])
+                memcpy(block[l], src[l] + k0, n * sizeof(real));
+            else
+                memset(block[l], 0, sizeof block[l]);
+        }
+        for (intptr_t k = 0; k < n; k++) {
+            vec column;
+            for (intptr_t l = 0; l < VL; l++)
+                column[l] = block[l][k];
+            store(dst + (k0 + k) * ld, column);
+        }
+    }
+}
+
+/* dst[0 : width] = src[0 : n], then zeros. */
+INLINE void copy_padded(real *dst, const real *src, intptr_t n, intptr_t width) {
+    memcpy(dst, src, n * sizeof(real));
+    memset(dst + n, 0, (width - n) * sizeof(real));
+}
+
+/* sum[m] += row[m] */
+INLINE void add_row(real *sum, const real *row, intptr_t n) {
+    for (intptr_t m = 0; m < n; m++)
+        sum[m] += row[m];
+}
+
+/* 64-bit hash of n 64-bit words (the accumulation step of XXH3: key-mixed 32x32 products): detects changed weights. */
+static __attribute__((unused)) uint64_t hash_words(const uint64_t *word, intptr_t n, uint64_t seed) {
+    uint64_t acc[8];
+    for (int l = 0; l < 8; l++)
+        acc[l] = seed + l * 0x9E3779B97F4A7C15u;
+    intptr_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int l = 0; l < 8; l++) {
+            uint64_t w, key = (uint64_t)(i + l) * 0x9E3779B97F4A7C15u + 0xC2B2AE3D27D4EB4Fu;
+            memcpy(&w, word + i + l, sizeof w);
+            uint64_t mixed = w ^ key;
+            acc[l] += w + (mixed & 0xFFFFFFFFu) * (mixed >> 32);
+        }
+    uint64_t h = seed ^ (uint64_t)n;
+    for (; i < n; i++)
+        h = (h ^ word[i]) * 0x9FB21C651E98DF25u, h ^= h >> 29;
+    for (int l = 0; l < 8; l++)
+        h = (h ^ acc[l]) * 0x9FB21C651E98DF25u, h ^= h >> 32;
+    return h;
+}
+
+#endif

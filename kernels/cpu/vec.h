@@ -1,0 +1,94 @@
+/* vec.h: the SIMD vocabulary. One source for every lane count and both float types.
+ *
+ * Built once per (ISA level, dtype): VBYTES is the register width in bytes (16, 32, 64) and REAL_BITS 32 or 64.
+ * `vec` is a GCC/Clang vector of VL reals, so + - * / are element-wise. No intrinsics, everything is static.
+ * NaN goes through every function; exp, tanh and sigmoid are branch-free with the stated maximum errors.
+ */
+#ifndef FASTSEQ_VEC_H
+#define FASTSEQ_VEC_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if REAL_BITS == 32
+typedef float real;
+typedef int32_t bits;
+#define MANTISSA 23
+#define EXP_MAX 87.0f
+#define LOG2E 0x1.715476p+0f
+#define LN2_HI 0x1.62e4p-1f /* 15 bits: n * LN2_HI is exact for |n| < 2^9 */
+#define LN2_LO 0x1.7f7d1cp-20f
+#define ROUND_MAGIC 0x1.8p+23f
+#else
+typedef double real;
+typedef int64_t bits;
+#define MANTISSA 52
+#define EXP_MAX 708.0
+#define LOG2E 0x1.71547652b82fep+0
+#define LN2_HI 0x1.62e42fefap-1 /* 35 bits: n * LN2_HI is exact for |n| < 2^18 */
+#define LN2_LO 0x1.cf79abc9e3b39p-40
+#define ROUND_MAGIC 0x1.8p+52
+#endif
+
+typedef real vec __attribute__((vector_size(VBYTES)));
+typedef bits ivec __attribute__((vector_size(VBYTES)));
+enum { VL = VBYTES / sizeof(real) };
+
+#define INLINE static inline __attribute__((always_inline, unused))
+
+INLINE vec load(const real *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store(real *p, vec v) { memcpy(p, &v, sizeof v); }
+
+/* a - 0 is a for every a (a + 0 is not: -0), so it folds into one broadcast from memory. */
+INLINE vec broadcast(real a) { return a - (vec){0}; }
+INLINE vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+
+/* x limited to [-limit, limit]; NaN stays NaN because it compares false. */
+INLINE vec clamp(vec x, real limit) {
+    vec hi = broadcast(limit), lo = broadcast(-limit);
+    x = choose(x > hi, hi, x);
+    return choose(x < lo, lo, x);
+}
+
+/* 2^n and expm1(r) with x = n ln2 + r, |r| <= ln2 / 2 (Cody & Waite 1980); |x| <= EXP_MAX or NaN.
+ * expm1(r) = r + r^2 q(r); q interpolates at the Chebyshev points: relative error 7.8e-9 / 1.3e-17. */
+INLINE vec expm1_reduced(vec x, vec *scale) {
+    vec shifted = x * LOG2E + ROUND_MAGIC;
+    vec n = shifted - ROUND_MAGIC;
+    vec r = (x - n * LN2_HI) - n * LN2_LO;
+    *scale = (vec)(((ivec)shifted << MANTISSA) + (ivec)broadcast(1));
+#if REAL_BITS == 32
+    vec q = r * 1.3926183587713494542e-3f + 8.3631790527225773704e-3f;
+    q = q * r + 4.1666554617204574203e-2f;
+    q = q * r + 1.6666576989698775683e-1f;
+    q = q * r + 0.5f;
+#else
+    vec q = r * 2.5100385495510319078e-8 + 2.7620088445409748161e-7;
+    q = q * r + 2.7557268459997064772e-6;
+    q = q * r + 2.4801521295954375131e-5;
+    q = q * r + 1.9841269863053616878e-4;
+    q = q * r + 1.3888888917213716901e-3;
+    q = q * r + 8.3333333333300618325e-3;
+    q = q * r + 4.1666666666624127873e-2;
+    q = q * r + 1.6666666666666667453e-1;
+    q = q * r + 0.5;
+#endif
+    return q * (r * r) + r;
+}
+
+/* 1 / (1 + e^-x). Max error 2 ULP; below -EXP_MAX the result stays at about e^-EXP_MAX (no denormals). */
+INLINE vec sigmoid(vec x) {
+    vec scale, p = expm1_reduced(clamp(-x, EXP_MAX), &scale);
+    return 1 / (1 + (p * scale + scale));
+}
+
+/* tanh x = e / (e + 2), e = expm1(2x), so small x keep their relative accuracy. Max error 4 ULP. */
+INLINE vec tanh_(vec x) {
+    vec scale, p = expm1_reduced(clamp(x + x, 40), &scale);
+    vec e = p * scale + (scale - 1);
+    return e / (e + 2);
+}
+
+INLINE vec relu(vec x) { return choose(x < 0, (vec){0}, x); }
+
+#endif

@@ -1,0 +1,65 @@
+"""Build the CPU kernels: one source, one extension per ISA level and dtype. Everything else is in pyproject.toml."""
+
+import platform
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CPU = Path("kernels/cpu")
+HEADERS = [str(p) for p in CPU.iterdir() if p.suffix in {".h", ".pxi"}]
+# No -ffast-math: NaN and infinity keep their meaning, and linking it would flush denormals process-wide.
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-fno-semantic-interposition", "-Wno-unused-function", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+X86 = platform.machine().lower() in {"x86_64", "amd64"}
+AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
+# level -> (vector bytes, flags): the flags are what kernels/cpu/features.pyx asks the CPU for
+LEVELS = {"baseline": (16, [])}
+if X86:
+    LEVELS["avx2"] = (32, AVX2)
+    LEVELS["avx512"] = (64, [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"])
+
+
+class BuildPerVariant(build_ext):
+    """Every variant compiles the same file, so each gets an object folder of its own."""
+
+    def build_extension(self, ext):
+        base = self.build_temp
+        self.build_temp = str(Path(base) / ext.name)
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = base
+
+
+def c_source(stem: str) -> str:
+    """Cythonise one source once; the C file stays in build/."""
+    module = Extension(f"fastseq.kernels.cpu.{stem}", [str(CPU / f"{stem}.pyx")], depends=HEADERS)
+    return cythonize([module], build_dir="build")[0].sources[0]
+
+
+def variants(stem: str) -> list[Extension]:
+    """`<stem>_<level>_f<bits>` for every level and dtype, e.g. recurrent_avx512_f32."""
+    source = c_source(stem)
+    return [
+        Extension(
+            f"fastseq.kernels.cpu.{stem}_{level}_f{bits}",
+            [source],
+            depends=HEADERS,
+            include_dirs=[str(CPU)],
+            define_macros=[
+                ("VBYTES", str(width)),
+                ("REAL_BITS", str(bits)),
+                (f"PyInit_{stem}", f"PyInit_{stem}_{level}_f{bits}"),
+            ],
+            extra_compile_args=FLAGS + isa,
+            libraries=["dl"],
+        )
+        for level, (width, isa) in LEVELS.items()
+        for bits in (32, 64)
+    ]
+
+
+features = Extension("fastseq.kernels.cpu.features", [c_source("features")])
+setup(ext_modules=[features, *variants("recurrent")], cmdclass={"build_ext": BuildPerVariant})
