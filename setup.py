@@ -1,6 +1,7 @@
 """Build the CPU kernels: one source, one extension per ISA level and dtype. Everything else is in pyproject.toml."""
 
 import platform
+from copy import copy
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -22,15 +23,16 @@ if X86:
 
 
 class BuildPerVariant(build_ext):
-    """Every variant compiles the same file, so each gets an object folder of its own."""
+    """Every variant compiles the same file, so each gets an object folder of its own; all cores build."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or True
 
     def build_extension(self, ext):
-        base = self.build_temp
-        self.build_temp = str(Path(base) / ext.name)
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = base
+        own = copy(self)  # build_extension runs in threads
+        own.build_temp = str(Path(self.build_temp) / ext.name)
+        build_ext.build_extension(own, ext)
 
 
 def c_source(stem: str) -> str:
