@@ -1,0 +1,68 @@
+"""Run fastseq: a `Problem` with everything by name, bits against bits, code in its own process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from problems import Result
+
+import fastseq
+
+INPUTS = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0")
+
+
+def vjp(problem):
+    """The outputs {y, h_n, ...} and the pullback {dy, dh_n, ...} -> {x, w_ih, ...}.
+
+    A cotangent may be None or missing; absent arguments have no gradient.
+    """
+    lstm = problem.cell == "lstm"
+    options = problem.options | ({"return_cell_states": True} if lstm else {})
+    results, pull = fastseq.vjp(getattr(fastseq, problem.function), **problem.inputs, **options)
+    if lstm:
+        (y, c), (h_n, c_n) = results
+        outputs = {"y": y, "h_n": h_n, "c_n": c_n, "c": c}
+    else:
+        outputs = dict(zip(("y", "h_n"), results, strict=True))
+
+    def pullback(cotangents):
+        dy, dh_n, dc_n, dc = (cotangents.get(k) for k in ("dy", "dh_n", "dc_n", "dc"))
+        grads = pull(((dy, dc), (dh_n, dc_n)) if lstm else (dy, dh_n))
+        return {k: a for k, a in zip(INPUTS, grads, strict=False) if a is not None}
+
+    return outputs, pullback
+
+
+def solve(problem):
+    """fastseq's Result, as `solve_reference` and `solve_torch` give theirs."""
+    outputs, pullback = vjp(problem)
+    return Result(outputs, pullback(problem.cotangents))
+
+
+def assert_same_bits(ours, expected):
+    """{name: array}: the same names, shapes, dtypes and bits; zeros have signs here."""
+    assert ours.keys() == expected.keys()
+    for name, a in expected.items():
+        got = ours[name]
+        assert (got.shape, got.dtype) == (a.shape, a.dtype), name
+        bits = f"u{a.itemsize}"
+        differ = np.argwhere(np.ascontiguousarray(got).view(bits) != a.copy().view(bits))
+        assert not len(differ), f"{name}{list(a.shape)}: {len(differ)} differ, at {differ[0]}"
+
+
+def python(code, *arguments, env=None, timeout=120):
+    """What `code` prints in a process of its own, which has to succeed; env adds variables."""
+    unset = {"FASTSEQ_CPU", "FASTSEQ_NUM_THREADS", "OMP_NUM_THREADS"}
+    env = {k: v for k, v in os.environ.items() if k not in unset} | (env or {})
+    env["PYTHONPATH"] = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        env=env,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
