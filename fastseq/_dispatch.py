@@ -110,11 +110,11 @@ if hasattr(os, "register_at_fork"):
 
 def thread_limits() -> dict[str, int]:
     """Every bound on the thread count that applies now; the smallest one counts."""
-    limits = dict(_limits())
+    limits = _limits().copy()
     if _Threads.user is not None:
         limits["set_num_threads"] = _Threads.user
     torch = sys.modules.get("torch")
-    if torch is not None and hasattr(torch, "get_num_threads"):
+    if hasattr(torch, "get_num_threads"):
         limits["torch.get_num_threads"] = torch.get_num_threads()
     if _Threads.forked:
         limits["forked child"] = 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +23,7 @@ from fastseq.kernels.cpu.contract import CELLS, GATES, Scan
 Array = np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
+class Spec(NamedTuple):
     """What does not change from call to call."""
 
     cell: str  # rnn_tanh rnn_relu gru lstm

@@ -96,12 +96,12 @@ cdef void pack_bias(const Shape *s, const Weights *w, real *dst) noexcept nogil:
 
 cdef void pack_rows(const real **row, Py_ssize_t K, Py_ssize_t columns, Py_ssize_t p0, Py_ssize_t p1,
                     real *dst) noexcept nogil:
-    """Panels of K rows as they are: dst[panel][k][:] = row[k][panel's columns]."""
-    cdef Py_ssize_t width = 4 * VL, panel, k, n
-    for panel in range(p0, p1):
-        n = imin(width, columns - panel * width)
-        for k in range(K):
-            copy_padded(dst + (panel * K + k) * width, row[k] + panel * width, n, width)
+    """Panels of K rows as they are: dst[panel][k][:] = row[k][panel's columns]. Rows are read in one go."""
+    cdef Py_ssize_t width = 4 * VL, panel, k
+    for k in range(K):
+        for panel in range(p0, p1):
+            copy_padded(dst + (panel * K + k) * width, row[k] + panel * width, imin(width, columns - panel * width),
+                        width)
 
 
 cdef void pack_projection(const Shape *s, const real *w_hr, real *dst) noexcept nogil:

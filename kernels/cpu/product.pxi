@@ -21,19 +21,6 @@ cdef struct Product:
     real *tail                  # [MAX_ROWS][nv * VL]
 
 
-cdef inline Py_ssize_t imin(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
-    return a if a < b else b
-
-
-cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
-    return (a + b - 1) // b
-
-
-cdef inline Py_ssize_t share(Py_ssize_t n, int rank, int size) noexcept nogil:
-    """Start of part `rank` when n items are cut into `size` contiguous parts."""
-    return n * rank // size
-
-
 cdef void tile_into_tail(Product *p, Py_ssize_t rows, const real **a, Py_ssize_t k0, Py_ssize_t k1,
                          const real *w, const real *init, real **c, Py_ssize_t col) noexcept nogil:
     """The last panel: whole vectors are computed in `tail`, the valid columns copied."""
@@ -94,22 +81,23 @@ cdef enum:
 
 
 cdef Py_ssize_t outer_scratch(Py_ssize_t N) noexcept nogil:
-    """Reals that `outer` needs: packed b, turned a, one tail tile."""
+    """Reals that `outer` needs: packed b, a row of zeros, turned a, one tail tile."""
     cdef Py_ssize_t width = 4 * VL
-    return ceil_div(N, width) * width * OUTER_K + OUTER_ROWS * (OUTER_K + VL) + MAX_ROWS * width
+    return ceil_div(N, width) * width * (OUTER_K + 1) + OUTER_ROWS * (OUTER_K + VL) + MAX_ROWS * width
 
 
 cdef void outer(Outer *o, real *scratch) noexcept nogil:
     cdef Py_ssize_t width = 4 * VL, panels = ceil_div(o.N, width)
-    cdef Py_ssize_t k0 = 0, n, k, panel, block, m0, rows, r, l, columns
+    cdef Py_ssize_t k0 = 0, n, k, block, m0, rows, r, l
     cdef real *packed = scratch
-    cdef real *tail = packed + panels * width * OUTER_K
+    cdef real *zero = packed + panels * width * OUTER_K
+    cdef real *tail = zero + panels * width
     cdef real *turned = tail + MAX_ROWS * width
     cdef const real *source[VL]
     cdef const real *a_rows[OUTER_ROWS]
     cdef Product p
+    memset(zero, 0, panels * width * sizeof(real))
     p.nv = 4
-    p.init = NULL
     p.w = packed
     p.p0 = 0
     p.p1 = panels
@@ -121,10 +109,8 @@ cdef void outer(Outer *o, real *scratch) noexcept nogil:
     while k0 == 0 or k0 < o.K:
         n = imin(OUTER_K, o.K - k0)
         p.K = n
-        for panel in range(panels):
-            columns = imin(width, o.N - panel * width)
-            for k in range(n):
-                copy_padded(packed + (panel * n + k) * width, o.b[k0 + k] + panel * width, columns, width)
+        p.init = zero if k0 == 0 else NULL
+        pack_rows(o.b + k0, n, o.N, 0, panels, packed)
         for block in range(ceil_div(o.m1 - o.m0, OUTER_ROWS)):
             m0 = o.m0 + block * OUTER_ROWS
             rows = imin(OUTER_ROWS, o.m1 - m0)
@@ -137,8 +123,5 @@ cdef void outer(Outer *o, real *scratch) noexcept nogil:
             if o.sums != NULL:
                 for k in range(n):
                     add_row(o.sums + m0, o.a[k0 + k] + m0, rows)
-            if k0 == 0:
-                for r in range(rows):
-                    memset(o.c[m0 + r], 0, o.N * sizeof(real))
             product(&p, a_rows, o.c + m0, rows)
         k0 += OUTER_K

@@ -51,8 +51,21 @@ cdef extern from "team.h" nogil:
     void barrier_wait(Barrier *b, int size)
 
 
-include "product.pxi"
+cdef inline Py_ssize_t imin(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return a if a < b else b
+
+
+cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef inline Py_ssize_t share(Py_ssize_t n, int rank, int size) noexcept nogil:
+    """Start of part `rank` when n items are cut into `size` contiguous parts."""
+    return n * rank // size
+
+
 include "pack.pxi"
+include "product.pxi"
 include "scan.pxi"
 include "scan_forward.pxi"
 include "scan_backward.pxi"

@@ -27,7 +27,7 @@ static Gomp gomp_open(void) {
     return g;
 }
 
-/* A barrier for `size` threads. Spins about 10 us, then yields: on a busy machine it gets slower, not stuck.
+/* A barrier for `size` threads. Spins about 20 us, then yields: on a busy machine it gets slower, not stuck.
  * Starts zeroed; each count on its own cache line. */
 typedef struct {
     int arrived __attribute__((aligned(64)));
@@ -44,7 +44,7 @@ static inline void barrier_wait(Barrier *b, int size) {
         return;
     }
     for (int spins = 0; __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE) == phase; spins++) {
-        if (spins < 4096) {
+        if (spins < 1024) {
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif

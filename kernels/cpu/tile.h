@@ -3,8 +3,8 @@
  *   c[r][:] += sum_k a[r][k] * w[k][:]      r < rows, NV vectors of VL columns
  *
  * `w` is one packed panel [K][NV * VL]; rows of `a` and `c` are given by pointers, so strides, variable lengths
- * and shifted states need no copy. Every element is one chain of multiply-adds over k in ascending order,
- * whatever the number of rows: a row's bits depend neither on its neighbours nor on the thread count.
+ * and shifted states need no copy. Every element is a sum of chains of SUM_CHUNK multiply-adds, over k in ascending
+ * order, whatever the number of rows: a row's bits depend neither on its neighbours nor on the thread count.
  * Cost: 2 rows K NV VL FLOP; reads K NV VL packed reals once for all rows.
  */
 #ifndef FASTSEQ_TILE_H
@@ -18,6 +18,7 @@ enum {
     MAX_ROWS = 8,
     ROWS_NV4 = VBYTES == 64 ? 6 : 3,
     ROWS_NV3 = VBYTES == 64 ? 8 : 4,
+    SUM_CHUNK = 128, /* one chain over K = 1024 has 3 times the rounding error; adding up costs 2 % */
 };
 
 INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
@@ -25,33 +26,33 @@ INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
 /* init: NULL to add to c, else one row that every row of c starts from. */
 INLINE void tile_fixed(const int rows, const int nv, const real *const *a, intptr_t k0, intptr_t k1,
                        const real *w, const real *init, real *const *c, intptr_t col) {
-    vec acc[MAX_ROWS][4];
     const real *row[MAX_ROWS];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
+    for (int r = 0; r < rows; r++)
         row[r] = a[r];
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++)
-            acc[r][j] = load(init ? init + j * VL : c[r] + col + j * VL);
-    }
-    for (intptr_t k = k0; k < k1; k++, w += nv * VL) {
-        vec wk[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++)
-            wk[j] = load(w + j * VL);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            vec ark = broadcast(row[r][k]);
+    do {
+        vec acc[MAX_ROWS][4] = {};
+        intptr_t end = k1 - k0 < SUM_CHUNK ? k1 : k0 + SUM_CHUNK;
+        for (; k0 < end; k0++, w += nv * VL) {
+            vec wk[4];
 #pragma GCC unroll 4
             for (int j = 0; j < nv; j++)
-                acc[r][j] += ark * wk[j];
-        }
-    }
+                wk[j] = load(w + j * VL);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
+            for (int r = 0; r < rows; r++) {
+                vec ark = broadcast(row[r][k0]);
 #pragma GCC unroll 4
-        for (int j = 0; j < nv; j++)
-            store(c[r] + col + j * VL, acc[r][j]);
+                for (int j = 0; j < nv; j++)
+                    acc[r][j] += ark * wk[j];
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int j = 0; j < nv; j++)
+                store(c[r] + col + j * VL, acc[r][j] + load(init ? init + j * VL : c[r] + col + j * VL));
+        init = 0;
+    } while (k0 < k1);
 }
 
 /* One out-of-line function per tile shape, so that each inner loop has the registers to itself. */
@@ -82,24 +83,50 @@ INLINE void tile(intptr_t rows, int nv, const real *const *a, intptr_t k0, intpt
     (nv == 4 ? nv4 : nv3)[rows](a, k0, k1, w, init, c, col);
 }
 
-/* dst[k][lane] = src[lane][k] for VL source rows (NULL reads as zeros); consecutive k are `ld` apart in dst.
- * Blocked so that the VL source lines and the destination stay in L1. */
+/* Transposes VL x VL in registers by log2(VL) butterflies: 3 times faster than by elements (Zen 4, AVX-512). */
+#define LOWER(l, d) ((l) & (d) ? VL + ((l) ^ (d)) : (l))
+#define UPPER(l, d) ((l) & (d) ? VL + (l) : (l) ^ (d))
+#define LANES2(F, d, at) F(at, d), F(at + 1, d)
+#define LANES4(F, d, at) LANES2(F, d, at), LANES2(F, d, at + 2)
+#define LANES8(F, d, at) LANES4(F, d, at), LANES4(F, d, at + 4)
+#define LANES16(F, d, at) LANES8(F, d, at), LANES8(F, d, at + 8)
+#if VBYTES * 8 / REAL_BITS == 16
+#define LANES(F, d) LANES16(F, d, 0)
+#elif VBYTES * 8 / REAL_BITS == 8
+#define LANES(F, d) LANES8(F, d, 0)
+#elif VBYTES * 8 / REAL_BITS == 4
+#define LANES(F, d) LANES4(F, d, 0)
+#else
+#define LANES(F, d) LANES2(F, d, 0)
+#endif
+#define BUTTERFLY(d)                                                                                                   \
+    for (int i = 0; i < VL && d < VL; i++)                                                                             \
+        if (!(i & (d))) {                                                                                              \
+            vec a = v[i], b = v[i + (d) % VL];                                                                         \
+            v[i] = __builtin_shufflevector(a, b, LANES(LOWER, (d) % VL));                                              \
+            v[i + (d) % VL] = __builtin_shufflevector(a, b, LANES(UPPER, (d) % VL));                                   \
+        }
+
+INLINE void transpose(vec v[VL]) {
+    BUTTERFLY(1)
+    BUTTERFLY(2)
+    BUTTERFLY(4)
+    BUTTERFLY(8)
+}
+
+/* dst[k][lane] = src[lane][k] for VL source rows (NULL reads as zeros); consecutive k are `ld` apart in dst. */
 static __attribute__((unused)) void pack_transposed(const real *const *src, intptr_t K, real *dst, intptr_t ld) {
     for (intptr_t k0 = 0; k0 < K; k0 += VL) {
         intptr_t n = K - k0 < VL ? K - k0 : VL;
-        real block[VL][VL];
-        for (intptr_t l = 0; l < VL; l++) {
+        vec v[VL];
+        for (int l = 0; l < VL; l++) {
+            v[l] = (vec){0};
             if (src[l])
-                memcpy(block[l], src[l] + k0, n * sizeof(real));
-            else
-                memset(block[l], 0, sizeof block[l]);
+                memcpy(&v[l], src[l] + k0, n == VL ? sizeof v[l] : n * sizeof(real));
         }
-        for (intptr_t k = 0; k < n; k++) {
-            vec column;
-            for (intptr_t l = 0; l < VL; l++)
-                column[l] = block[l][k];
-            store(dst + (k0 + k) * ld, column);
-        }
+        transpose(v);
+        for (intptr_t k = 0; k < n; k++)
+            store(dst + (k0 + k) * ld, v[k]);
     }
 }
 
