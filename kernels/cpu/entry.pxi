@@ -128,6 +128,7 @@ cdef void run_backward(Call *call, Part part, char *workspace) noexcept nogil:
     cdef Py_ssize_t panels
     memset(&g, 0, sizeof(Backward))
     g.part = part
+    g.whole = part_of(part.job, NULL, 0, 1, 0)
     backward_shared(&g, &workspace)
     panels = ceil_div(s.R, 4 * VL)
     g.r0 = share(panels, part.rank, part.size) if part.by_units else 0
@@ -147,8 +148,6 @@ cdef void run_backward(Call *call, Part part, char *workspace) noexcept nogil:
         pack_backward(s, &part.job.weights, <real *>g.w, <const real **>g.out_row, part.rank, part.size)
         barrier_wait(part.barrier, part.size)
         backward_scan(&g)
-        barrier_wait(part.barrier, part.size)
-        backward_products(&g)
     free(at)
 
 
@@ -157,9 +156,11 @@ cdef void backward_shared(Backward *g, char **arena) noexcept nogil:
     cdef Job *job = g.part.job
     cdef const Shape *s = &job.shape
     g.at = packed_backward(s)
+    g.chunk = min(job.T, 1 + (PRODUCT_ROWS - 1) // max(job.B, 1))
+    g.ring = g.chunk + 1
     g.w = <real *>take(arena, g.at.total * sizeof(real))
-    g.dgates = <real *>take(arena, job.T * job.B * s.cell.planes * s.H * sizeof(real))
-    g.dh = <real *>take(arena, job.T * job.B * s.P * sizeof(real))
+    g.dgates = <real *>take(arena, g.ring * job.B * s.cell.planes * s.H * sizeof(real))
+    g.dh = <real *>take(arena, g.ring * job.B * s.P * sizeof(real))
 
 
 cdef void run_member(Call *call, int rank, int size) noexcept nogil:

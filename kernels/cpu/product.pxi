@@ -67,12 +67,13 @@ cdef void product(Product *p, const real **a, real **c, Py_ssize_t M) noexcept n
 
 
 cdef struct Outer:
-    # c[m][:] = sum_k a[k][m] * b[k][:], the form of a weight gradient: k runs over all active rows (t, b).
+    # c[m][:] (+)= sum_k a[k][m] * b[k][:], the form of a weight gradient: k runs over rows (t, b).
     Py_ssize_t K, m0, m1, N
+    bint first                  # c and sums start from zero
     const real **a              # K rows of at least m1 reals
     const real **b              # K rows of N reals
     real **c                    # m1 rows of N reals; rows m0:m1 are written
-    real *sums                  # NULL, or m1 reals: sum_k a[k][m], a bias gradient
+    real *sums                  # NULL, or m1 reals: (+)= sum_k a[k][m], a bias gradient
 
 
 cdef enum:
@@ -104,12 +105,12 @@ cdef void outer(Outer *o, real *scratch) noexcept nogil:
     p.panel_stride = width
     p.columns = o.N
     p.tail = tail
-    if o.sums != NULL:
+    if o.sums != NULL and o.first:
         memset(o.sums + o.m0, 0, (o.m1 - o.m0) * sizeof(real))
     while k0 == 0 or k0 < o.K:
-        n = imin(OUTER_K, o.K - k0)
+        n = ceil_div(o.K - k0, max(1, ceil_div(o.K - k0, OUTER_K)))     # blocks of equal size
         p.K = n
-        p.init = zero if k0 == 0 else NULL
+        p.init = zero if o.first and k0 == 0 else NULL
         pack_rows(o.b + k0, n, o.N, 0, panels, packed)
         for block in range(ceil_div(o.m1 - o.m0, OUTER_ROWS)):
             m0 = o.m0 + block * OUTER_ROWS
@@ -124,4 +125,4 @@ cdef void outer(Outer *o, real *scratch) noexcept nogil:
                 for k in range(n):
                     add_row(o.sums + m0, o.a[k0 + k] + m0, rows)
             product(&p, a_rows, o.c + m0, rows)
-        k0 += OUTER_K
+        k0 += max(1, n)
