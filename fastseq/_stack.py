@@ -217,10 +217,8 @@ def pack(spec: Spec, weights: Sequence) -> Array:
 
 def fingerprint(weights: Sequence) -> int:
     """A 64-bit hash of the weights' contents."""
-    kernels, value = _dispatch.recurrent(weights[0].dtype.name), 0
-    for w in weights:
-        value = kernels.fingerprint(_contiguous(w), value)
-    return value
+    kernels = _dispatch.recurrent(weights[0].dtype.name)
+    return kernels.fingerprint([_contiguous(w) for w in weights])
 
 
 # ---- forward and backward

@@ -111,7 +111,7 @@ def _array(tensor):
         return None
     if not tensor.is_cpu:
         raise ValueError(f"fastseq: expected all tensors on the CPU, got one on {tensor.device}")
-    return tensor.numpy(force=True)
+    return tensor.numpy(force=tensor.requires_grad)
 
 
 def _tensor(array):

@@ -274,17 +274,19 @@ cdef enum:
     SMALL_PACK = 65536              # reals; below, one thread is done before a second one wakes
 
 
-def fingerprint(array, uint64_t seed):
-    """A 64-bit hash of a contiguous array's bytes."""
+def fingerprint(list arrays):
+    """A 64-bit hash of contiguous arrays' bytes, at the speed of memory."""
     cdef Py_buffer buffer
-    cdef uint64_t h, rest = 0
-    PyObject_GetBuffer(array, &buffer, PyBUF_STRIDED_RO)
-    with nogil:
-        h = hash_words(<uint64_t *>buffer.buf, buffer.len // 8, seed)
-        if buffer.len % 8:
-            memcpy(&rest, <char *>buffer.buf + buffer.len // 8 * 8, buffer.len % 8)
-            h = hash_words(&rest, 1, h)
-    PyBuffer_Release(&buffer)
+    cdef uint64_t h = 0, rest
+    for array in arrays:
+        PyObject_GetBuffer(array, &buffer, PyBUF_STRIDED_RO)
+        with nogil:
+            h = hash_words(<uint64_t *>buffer.buf, buffer.len // 8, h)
+            if buffer.len % 8:
+                rest = 0
+                memcpy(&rest, <char *>buffer.buf + buffer.len // 8 * 8, buffer.len % 8)
+                h = hash_words(&rest, 1, h)
+        PyBuffer_Release(&buffer)
     return h
 
 
