@@ -6,14 +6,16 @@ import importlib
 import math
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from fastseq.kernels.cpu import features
 
 LEVELS = ("baseline", "avx2", "avx512")
-_DTYPES = {"float32": "f32", "float64": "f64"}
 
 
 @cache
@@ -32,10 +34,10 @@ def level() -> tuple[str, str]:
 
 
 @cache
-def recurrent(dtype: str) -> ModuleType:
-    """The recurrent kernels for "float32" or "float64" at the level in use."""
+def recurrent(dtype: np.dtype) -> ModuleType:
+    """The recurrent kernels for float32 or float64 at the level in use."""
     return importlib.import_module(
-        f"fastseq.kernels.cpu.recurrent_{level()[0]}_{_DTYPES[dtype]}"
+        f"fastseq.kernels.cpu.recurrent_{level()[0]}_f{8 * dtype.itemsize}"
     )
 
 
@@ -108,17 +110,24 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def thread_limits() -> dict[str, int]:
-    """Every bound on the thread count that applies now; the smallest one counts."""
-    limits = _limits().copy()
+def _changing_limits() -> Iterator[tuple[str, int]]:
     if _Threads.user is not None:
-        limits["set_num_threads"] = _Threads.user
+        yield "set_num_threads", _Threads.user
     torch = sys.modules.get("torch")
     if hasattr(torch, "get_num_threads"):
-        limits["torch.get_num_threads"] = torch.get_num_threads()
+        yield "torch.get_num_threads", torch.get_num_threads()
     if _Threads.forked:
-        limits["forked child"] = 1
-    return limits
+        yield "forked child", 1
+
+
+def thread_limits() -> dict[str, int]:
+    """Every bound on the thread count that applies now; the smallest one counts."""
+    return _limits() | dict(_changing_limits())
+
+
+@cache
+def _fixed_limit() -> int:
+    return min(_limits().values())
 
 
 def get_num_threads() -> int:
@@ -126,7 +135,10 @@ def get_num_threads() -> int:
     FASTSEQ_NUM_THREADS, the CPU affinity and the cgroup quota. Small work runs on one."""
     if _Threads.forced is not None:
         return _Threads.forced
-    return min(thread_limits().values())
+    n = _fixed_limit()
+    for _, limit in _changing_limits():
+        n = min(n, limit)
+    return n
 
 
 def set_num_threads(n: int | None) -> None:

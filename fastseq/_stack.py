@@ -77,8 +77,10 @@ class Plan:
 
     def kept(self, reserve: Array | None, name: str, index: int) -> Array | None:
         """An array in the reserve, or None."""
-        entry = self.reserve.get((name, index))
-        return None if reserve is None or entry is None else reserve[entry[0]].reshape(entry[1])
+        if reserve is None or (name, index) not in self.reserve:
+            return None
+        part, shape = self.reserve[name, index]
+        return reserve[part].reshape(shape)
 
 
 def _slices(sizes: Sequence[int]) -> tuple[tuple[slice, ...], int]:
@@ -90,7 +92,7 @@ def _slices(sizes: Sequence[int]) -> tuple[tuple[slice, ...], int]:
 
 @lru_cache(maxsize=1024)
 def _sized(spec: Spec, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype) -> Plan:  # noqa: E741
-    kernels, cell = _dispatch.recurrent(dtype.name), CELLS[spec.cell]
+    kernels, cell = _dispatch.recurrent(dtype), CELLS[spec.cell]
     D, R = spec.directions, P or H
     inputs = tuple(I if index < D else D * R for index in range(spec.scans))
     packed, packed_size = _slices([kernels.packed_size(cell, n, H, P) for n in inputs])
@@ -147,7 +149,7 @@ def _check_weights(spec: Spec, plan: Plan, weights: tuple, index: int) -> None:
         ("w_hr", "P, H", (P, H)),
     ]
     for value, (name, letters, numbers) in zip(weights, expected, strict=True):
-        if value is not None:
+        if value is not None or name in ("w_ih", "w_hh"):
             _check.floats(spec.op, name + suffix, value, plan.dtype)
             _check.shape(spec.op, name + suffix, value[0], letters, numbers)
 
@@ -191,20 +193,14 @@ def _rows(a):
     return np.ascontiguousarray(a)
 
 
-def _aligned(n: int, dtype: np.dtype) -> Array:
-    """n uninitialised elements at a 64-byte boundary."""
-    raw = np.empty(n + 64 // dtype.itemsize, dtype)
-    start = -raw.__array_interface__["data"][0] % 64 // dtype.itemsize
-    return raw[start : start + n]
-
-
 def _pack(plan: Plan, spec: Spec, weights: Sequence) -> Array:
-    packed, threads = _aligned(plan.packed_size, plan.dtype), _dispatch.get_num_threads()
+    raw = np.empty(plan.packed_size + 64 // plan.dtype.itemsize, plan.dtype)
+    start = plan.kernels.to_cache_line(raw)
+    packed, threads = raw[start : start + plan.packed_size], _dispatch.get_num_threads()
     for index in range(spec.scans):
         part = tuple([_contiguous(w) for w in spec.weights_of(weights, index)])
-        out = packed if spec.scans == 1 else packed[plan.packed[index]]
         sizes = plan.inputs[index], plan.H, plan.P
-        plan.kernels.pack(CELLS[spec.cell], *sizes, part, out, threads)
+        plan.kernels.pack(CELLS[spec.cell], *sizes, part, packed[plan.packed[index]], threads)
     return packed
 
 
@@ -217,7 +213,7 @@ def pack(spec: Spec, weights: Sequence) -> Array:
 
 def fingerprint(weights: Sequence) -> int:
     """A 64-bit hash of the weights' contents."""
-    kernels = _dispatch.recurrent(weights[0].dtype.name)
+    kernels = _dispatch.recurrent(weights[0].dtype)
     return kernels.fingerprint([_contiguous(w) for w in weights])
 
 

@@ -1,0 +1,270 @@
+"""Which kernels run and on how many threads: what is forced is what runs, and is told truly."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fastseq.kernels.cpu import features
+from problems import CELLS, Problem, solve_reference, solve_torch
+from running import python
+from tolerance import assert_all_close
+
+import fastseq
+from fastseq import _dispatch
+
+LEVELS = features.supported()
+DTYPES = ("float32", "float64")
+REGISTER_BYTES = {"baseline": 16, "avx2": 32, "avx512": 64}
+HEAVY = {"torch", "numba", "triton", "jax", "onnxruntime", "openvino", "matplotlib", "rich"}
+FLAGS = ({}, {"ragged": True, "resets": True, "reverse": True})
+PROBLEMS = [
+    Problem(cell, B=11, H=37, dtype=dtype, **flags)
+    for cell in CELLS
+    for dtype in DTYPES
+    for flags in FLAGS
+]
+
+# Solves PROBLEMS, and prints the kernels that this has loaded as {module: lanes}.
+SOLVE = """
+import json, sys
+import numpy as np
+from running import solve
+from test_dispatch import PROBLEMS
+arrays = {}
+for problem in PROBLEMS:
+    for part, found in solve(problem)._asdict().items():
+        arrays |= {f"{problem} {part} {name}": a for name, a in found.items()}
+np.savez(sys.argv[1], **arrays)
+loaded = {n.split(".")[-1]: m for n, m in sys.modules.items() if ".cpu.recurrent_" in n}
+print(json.dumps({n: m.description()[0] for n, m in loaded.items()}))
+"""
+
+
+# The ISA level
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_forced_level_runs_and_is_right(level, tmp_path):
+    """Only its modules are loaded, they are of its width, and their results are the reference's."""
+    loaded = json.loads(python(SOLVE, tmp_path / "found", env={"FASTSEQ_CPU": level}))
+    lanes = {bits: REGISTER_BYTES[level] * 8 // bits for bits in (32, 64)}
+    assert loaded == {f"recurrent_{level}_f{bits}": n for bits, n in lanes.items()}
+    found = np.load(tmp_path / "found.npz")
+    for problem in PROBLEMS:
+        ref = solve_reference(problem)
+        peer = solve_torch(problem) if problem.dtype == "float32" else None
+        for part, expected in ref._asdict().items():
+            ours = {name: found[f"{problem} {part} {name}"] for name in expected}
+            room = peer and getattr(peer, part)
+            assert_all_close(ours, expected, room, grad=part == "grads")
+
+
+def test_best_level_runs_unless_told(monkeypatch):
+    monkeypatch.delenv("FASTSEQ_CPU", raising=False)
+    level, why = _dispatch.level.__wrapped__()
+    assert level == LEVELS[-1] and "the best of" in why
+    monkeypatch.setenv("FASTSEQ_CPU", "baseline")
+    level, why = _dispatch.level.__wrapped__()
+    assert level == "baseline" and "FASTSEQ_CPU=baseline" in why
+
+
+def test_unknown_or_unsupported_level_raises(monkeypatch):
+    monkeypatch.setattr(features, "supported", lambda: ["baseline"])
+    monkeypatch.setenv("FASTSEQ_CPU", "avx2")
+    message = r"^FASTSEQ_CPU=avx2: this machine supports only baseline$"
+    with pytest.raises(ValueError, match=message):
+        _dispatch.level.__wrapped__()
+    monkeypatch.setenv("FASTSEQ_CPU", "sse9")
+    message = "^FASTSEQ_CPU must be one of baseline avx2 avx512, got 'sse9'$"
+    with pytest.raises(ValueError, match=message):
+        _dispatch.level.__wrapped__()
+
+
+CALLS_RAISE = """
+import numpy as np, fastseq
+for call in (lambda: fastseq.rnn(*(np.zeros(s, "f4") for s in ((1, 1, 1), (1, 1), (1, 1)))),
+             fastseq.show_config):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("FASTSEQ_CPU", "sse9"), ("FASTSEQ_NUM_THREADS", "many")]
+)
+def test_a_setting_that_cannot_be_honoured_stops_every_call(name, value):
+    """Not only the first: what failed is not remembered as something else."""
+    told = python(CALLS_RAISE, env={name: value}).splitlines()
+    assert len(told) == 2 and told[0] == told[1]
+    assert told[0].startswith(f"{name} must be ") and told[0].endswith(f"got '{value}'")
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_objects_hold_only_their_level(level):
+    """No wider register, and at the baseline no VEX instruction, in any compiled module."""
+    objdump = shutil.which("objdump")
+    folder = Path(features.__file__).parent
+    stems = [f"recurrent_{level}_f{bits}" for bits in (32, 64)]
+    objects = [p for stem in stems for p in folder.glob(f"{stem}.*.so")]
+    if not objdump or len(LEVELS) == 1 or not objects:
+        pytest.skip("needs objdump, and modules built for x86-64")
+    objects += folder.glob("features.*.so") if level == "baseline" else []
+    beyond = {"baseline": r"%[yz]mm|\tv\w+ .*%xmm", "avx2": r"%zmm", "avx512": r"(?!)"}[level]
+    width = {"baseline": "%xmm", "avx2": "%ymm", "avx512": "%zmm"}[level]
+    for path in objects:
+        command = [objdump, "--disassemble", "--no-show-raw-insn", str(path)]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert not re.search(beyond, code), path.name
+        assert path.stem.startswith("features") or code.count(width) > 1000
+
+
+# The thread count
+
+
+@pytest.fixture
+def many_cores(monkeypatch):
+    """A machine of 64 cores without settings."""
+    for name in ("OMP_NUM_THREADS", "FASTSEQ_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_dispatch.os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(_dispatch, "_cgroup_cpus", lambda: None)
+    monkeypatch.setattr(_dispatch, "_limits", _dispatch._limits.__wrapped__)
+    monkeypatch.setattr(_dispatch._Threads, "user", None)
+    monkeypatch.setattr(_dispatch, "sys", SimpleNamespace(modules={}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 64),
+        ({"FASTSEQ_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "5"}, 5),
+        ({"OMP_NUM_THREADS": "5,2"}, 5),
+        ({"OMP_NUM_THREADS": "5", "FASTSEQ_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "2", "FASTSEQ_NUM_THREADS": "3"}, 2),
+        ({"FASTSEQ_NUM_THREADS": "1000"}, 64),
+    ],
+    ids=str,
+)
+def test_thread_settings(many_cores, monkeypatch, settings, expected):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert fastseq.get_num_threads() == expected
+
+
+@pytest.mark.parametrize("name", ["FASTSEQ_NUM_THREADS", "OMP_NUM_THREADS"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "two", "²"])
+def test_invalid_thread_settings_raise(many_cores, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^{name} must be a positive integer, got '{value}'$"):
+        fastseq.get_num_threads()
+
+
+def test_set_num_threads(many_cores):
+    fastseq.set_num_threads(3)
+    assert fastseq.get_num_threads() == 3
+    fastseq.set_num_threads(1000)
+    assert fastseq.get_num_threads() == 64
+    fastseq.set_num_threads(None)
+    assert fastseq.get_num_threads() == 64
+
+
+def test_torch_setting_is_respected(many_cores, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setitem(_dispatch.sys.modules, "torch", torch)  # as if imported just now
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(7)
+        assert fastseq.get_num_threads() == 7
+        fastseq.set_num_threads(3)
+        assert fastseq.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+# Prints the process's threads: before, after work too small to share, after 3 threads shared some.
+COUNT_THREADS = """
+import os
+from problems import Problem, forward
+import fastseq
+from fastseq import _dispatch
+def count():
+    print(len(os.listdir("/proc/self/task")), end=" ")
+count()
+_dispatch._Threads.forced = 3
+forward(fastseq, Problem("gru", T=3, B=2, H=5))
+count()
+forward(fastseq, Problem("gru", T=9, B=26, H=150))
+count()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_work_is_shared_and_small_work_is_not():
+    before, small, shared = map(int, python(COUNT_THREADS).split())
+    assert small == before
+    assert shared == before + 2
+
+
+# What is told, and what is imported for it
+
+# Hides all optional packages: no finder finds them. Then runs the rest of the arguments.
+NUMPY_ONLY = f"""
+import sys
+HEAVY = {HEAVY!r}
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *rest):
+        return None if name.split(".")[0] in HEAVY else self.finder.find_spec(name, *rest)
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+import runpy
+sys.argv = ["fastseq", *sys.argv[1:]]
+try:
+    runpy.run_module("fastseq", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+assert not HEAVY & set(sys.modules)
+"""
+
+
+def test_info_needs_only_numpy():
+    found = json.loads(python(NUMPY_ONLY, "info", "--json", env={"FASTSEQ_NUM_THREADS": "1"}))
+    assert found["level"]["used"] == LEVELS[-1]
+    assert found["level"]["register_bits"] == REGISTER_BYTES[LEVELS[-1]] * 8
+    assert found["threads"]["used"] == 1 and "FASTSEQ_NUM_THREADS" in found["threads"]["why"]
+    assert found["numpy"] == np.__version__
+    assert HEAVY >= {n for n, version in found["optional"].items() if version is None} >= {"torch"}
+    text = python(NUMPY_ONLY, "info", env={"FASTSEQ_CPU": "baseline"})
+    assert "baseline (128 bits): FASTSEQ_CPU=baseline" in text
+    assert re.search(r"^torch +absent$", text, re.M)
+
+
+def test_show_config_prints_what_info_does(capsys):
+    fastseq.show_config(as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["threads"]["used"] == fastseq.get_num_threads()
+    assert found["level"]["used"] == _dispatch.level()[0]
+
+
+def test_import_and_calls_import_nothing_heavy():
+    code = """
+import sys
+from problems import CELLS, Problem
+from running import solve
+for cell in CELLS:
+    solve(Problem(cell))
+print(*sys.modules)
+"""
+    loaded = {name.split(".")[0] for name in python(code).split()}
+    assert "fastseq" in loaded
+    assert not loaded & HEAVY

@@ -1,0 +1,75 @@
+"""Every public function says what it takes: the Args section names the signature's arguments."""
+
+import importlib
+import inspect
+import re
+
+import pytest
+
+import fastseq
+
+SECTIONS = ["Args", "Returns", "Raises", "Accuracy", "Cost", "Equivalent to", "Source"]
+COMPUTE = ["rnn", "gru", "lstm", "rnn_cell", "gru_cell", "lstm_cell", "vjp"]
+MODULES = ["fastseq", "fastseq.torch"]
+
+
+def public(module):
+    """The public functions and classes of a module, [] where an optional part is absent."""
+    try:
+        module = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return []
+    names = getattr(module, "__all__", [])
+    return [getattr(module, n) for n in names if callable(getattr(module, n))]
+
+
+FUNCTIONS = [
+    pytest.param(fn, id=f"{module}.{fn.__name__}") for module in MODULES for fn in public(module)
+]
+
+
+def section(doc, title):
+    """The lines below `title:`, or None; sections end where the indentation does."""
+    found = re.search(rf"^{title}:(.*(?:\n(?: .*)?)*)", doc, re.M)
+    return found and found[1]
+
+
+def documented(doc):
+    """The names of the Args section; a line may name several, `b_ih, b_hh: (4H,)`."""
+    entries = re.findall(r"^    (\w[\w, *]*):", section(doc, "Args") or "", re.M)
+    return [name.strip(" *") for entry in entries for name in entry.split(",")]
+
+
+def test_the_public_names_are_those_of_the_design():
+    names = {*COMPUTE, "set_num_threads", "get_num_threads", "show_config"}
+    assert names <= set(fastseq.__all__)
+    assert {fn.values[0].__name__ for fn in FUNCTIONS} >= names
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS)
+def test_args_are_the_signatures(fn):
+    doc = inspect.getdoc(fn)
+    assert doc and len(doc.splitlines()[0]) > 10
+    assert documented(doc) == list(inspect.signature(fn).parameters)
+
+
+@pytest.mark.parametrize("name", COMPUTE)
+def test_what_computes_has_every_section(name):
+    """In one order, none empty, after an equation."""
+    doc = inspect.getdoc(getattr(fastseq, name))
+    found = re.findall(r"^([A-Z][\w ]*):", doc, re.M)
+    assert [title for title in found if title in SECTIONS] == SECTIONS
+    for title in SECTIONS:
+        assert section(doc, title).strip(), title
+    assert "=" in doc.split("Args:")[0]
+
+
+@pytest.mark.parametrize("name", COMPUTE[:-1])
+def test_shapes_are_stated(name):
+    """Every array's line begins with its shape."""
+    doc = inspect.getdoc(getattr(fastseq, name))
+    scalars = {"nonlinearity", "reverse", "return_cell_states"}
+    for line in section(doc, "Args").splitlines():
+        entry = re.match(r"    (\w+): (.*)", line)
+        if entry and entry[1] not in scalars:
+            assert re.match(r"\([\w, ]+\)", entry[2]), line
