@@ -57,7 +57,7 @@ def _positive(name: str) -> int | None:
         return None
     # OMP_NUM_THREADS may be a list, one number per nesting level
     first = text.split(",")[0] if name == "OMP_NUM_THREADS" else text
-    if not first.strip().isdigit() or int(first) < 1:
+    if not first.strip().isdecimal() or int(first) < 1:
         raise ValueError(f"{name} must be a positive integer, got {text!r}")
     return int(first)
 

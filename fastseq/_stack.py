@@ -32,11 +32,12 @@ class Spec(NamedTuple):
     reverse: bool = False  # one direction only: time runs backwards
     bias: bool = True
     proj: bool = False  # weights hold w_hr
+    step: bool = False  # called as a single step: errors say gru_cell and h, not gru and h0
 
     @property
     def op(self) -> str:
         """The public name, for errors."""
-        return self.cell.split("_")[0]
+        return self.cell.split("_")[0] + "_cell" * self.step
 
     @property
     def directions(self) -> int:
@@ -116,16 +117,17 @@ def _sized(spec: Spec, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype) 
 def _checked(spec: Spec, x: tuple, h0: tuple | None, c0: tuple | None, weights: tuple) -> Plan:
     """Check signatures (shape, dtype) and plan for them."""
     op, G = spec.op, GATES[spec.cell]
-    single = spec.scans == 1
+    letters = f"{G}H, I" if G > 1 else "H, I"
+    name = "w_ih" if spec.scans == 1 else "w_ih_l0"
     w_ih, w_hr = weights[0], spec.weights_of(weights, 0)[4]
     _check.floats(op, "x", x)
     _check.rank(op, "x", x[0], "T, B, I")
-    _check.floats(op, "w_ih" if single else "w_ih_l0", w_ih, x[1])
-    _check.rank(op, "w_ih" if single else "w_ih_l0", w_ih[0], f"{G}H, I" if G > 1 else "H, I")
+    _check.floats(op, name, w_ih, x[1])
+    _check.rank(op, name, w_ih[0], letters)
     T, B, I = x[0]  # noqa: E741
     H = w_ih[0][0] // G
     if H < 1 or w_ih[0][0] % G:
-        raise ValueError(f"{op}: w_ih must be ({G}H, I) with H >= 1, got {w_ih[0]}")
+        raise ValueError(f"{op}: w_ih must be ({letters}) with H >= 1, got {w_ih[0]}")
     if T < 1:
         raise ValueError(f"{op}: x must have at least one step, got T = 0")
     plan = _sized(spec, T, B, I, H, w_hr[0][0] if w_hr is not None else 0, x[1])
@@ -158,6 +160,8 @@ def _check_state(spec: Spec, plan: Plan, name: str, state: tuple | None, width: 
     """An initial state or its gradient: (D layers, B, width); one scan's is named as (B, width)."""
     if state is None:
         return
+    if spec.step:
+        name = name.removesuffix("0")
     _check.floats(spec.op, name, state, plan.dtype)
     letter = "P" if plan.P and "h" in name else "H"
     if spec.scans == 1 and len(state[0]) == 3 and state[0][0] == 1:
@@ -187,10 +191,11 @@ def _contiguous(a):
 
 
 def _rows(a):
-    """`a` with consecutive elements in its last axis."""
-    if a is None or a.flags.c_contiguous or a.strides[-1] == a.itemsize:
+    """`a` with consecutive elements in its last axis and whole elements between rows."""
+    if a is None or a.flags.c_contiguous:
         return a
-    return np.ascontiguousarray(a)
+    whole = a.flags.aligned and not any(stride % a.itemsize for stride in a.strides)
+    return a if whole and a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
 
 
 def _pack(plan: Plan, spec: Spec, weights: Sequence) -> Array:
@@ -395,6 +400,7 @@ def _check_cotangents(spec: Spec, plan: Plan, dy, dh_n, dc_n, dc) -> None:
     for name, value, width in (("dy", dy, D * plan.R), ("dc", dc, D * plan.H)):
         if value is not None:
             _check.floats(spec.op, name, _check.signature(value), plan.dtype)
-            _check.shape(spec.op, name, value.shape, "T, B, DH", (plan.T, plan.B, width))
+            letters = "T, B, H" if D == 1 else "T, B, 2H"
+            _check.shape(spec.op, name, value.shape, letters, (plan.T, plan.B, width))
     for name, value, width in (("dh_n", dh_n, plan.R), ("dc_n", dc_n, plan.H)):
         _check_state(spec, plan, name, _check.signature(value), width)

@@ -16,6 +16,10 @@ def _weights(w_ih, w_hh, b_ih, b_hh, op: str) -> tuple[tuple, bool]:
     return (w_ih, w_hh, b_ih, b_hh), True
 
 
+def _nonlinearity(op: str, given: dict) -> str:
+    return _check.choice(op, "nonlinearity", given["nonlinearity"], ("tanh", "relu"))
+
+
 def _one(op: str, name: str, value, letters: str):
     """A state (B, H) as that of a stack of one layer, a step (B, I) as a sequence of one."""
     if value is None and letters == "B, H":
@@ -191,7 +195,7 @@ def _step(cell: str, x, h, c, w):
     op = f"{cell.split('_')[0]}_cell"
     weights, bias = _weights(*w, op)
     x, h, c = _one(op, "x", x, "B, I"), _one(op, "h", h, "B, H"), _one(op, "c", c, "B, H")
-    _, h_n, c_n, _, _ = _stack.forward(Spec(cell, bias=bias), x, h, c, weights)
+    _, h_n, c_n, _, _ = _stack.forward(Spec(cell, bias=bias, step=True), x, h, c, weights)
     return h_n[0], None if c_n is None else c_n[0]
 
 

@@ -9,57 +9,53 @@ from fastseq import _stack, recurrent
 from fastseq._stack import Spec
 
 
-def _recurrent(fn, arguments: dict) -> tuple[tuple, Callable]:
-    """Forward of rnn, gru, lstm with everything kept, and their pullback."""
-    op = fn.__name__
-    cell = f"rnn_{arguments['nonlinearity']}" if op == "rnn" else op
-    names = [n for n in ("x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0") if n in arguments]
-    x = arguments["x"]
-    weights, bias = recurrent._weights(*(arguments[n] for n in names[1:5]), op)
-    spec = Spec(cell, reverse=bool(arguments["reverse"]), bias=bias)
-    h0 = recurrent._one(op, "h0", arguments["h0"], "B, H")
-    c0 = recurrent._one(op, "c0", arguments.get("c0"), "B, H")
-    options = (arguments["lengths"], arguments["resets"])
-    cell_states = arguments.get("return_cell_states", False)
-    y, h_n, c_n, c, reserve = _stack.forward(
+def _recurrent(fn: Callable, given: dict) -> tuple[tuple, Callable]:
+    """Outputs of a scan or a step with everything kept, and their pullback."""
+    op = fn.__name__.removesuffix("_cell")
+    step = fn.__name__ != op
+    h, c = ("h", "c") if step else ("h0", "c0")
+    weights, bias = recurrent._weights(*(given[n] for n in _WEIGHTS), fn.__name__)
+    cell = f"rnn_{recurrent._nonlinearity(fn.__name__, given)}" if op == "rnn" else op
+    spec = Spec(cell, reverse=bool(given.get("reverse")), bias=bias, step=step)
+    x = recurrent._one(fn.__name__, "x", given["x"], "B, I") if step else given["x"]
+    h0, c0 = (recurrent._one(fn.__name__, n, given.get(n), "B, H") for n in (h, c))
+    options = (given.get("lengths"), given.get("resets"))
+    cell_states = bool(given.get("return_cell_states"))
+    y, h_n, c_n, states, reserve = _stack.forward(
         spec, x, h0, c0, weights, *options, save=True, cell_states=cell_states
     )
 
     def pullback(gradients):
-        dy, dh_n = gradients
-        dh_n, dc_n = dh_n if op == "lstm" and dh_n is not None else (dh_n, None)
-        dy, dc = dy if cell_states and dy is not None else (dy, None)
-        one = [None if d is None else d[None] for d in (dh_n, dc_n)]
+        dy, last = (None, gradients) if step else gradients
+        dh_n, dc_n = (last if last is not None else (None, None)) if op == "lstm" else (last, None)
+        dy, dstates = (dy if dy is not None else (None, None)) if cell_states else (dy, None)
+        dh_n = recurrent._one(fn.__name__, "dh_n", dh_n, "B, H")
+        dc_n = recurrent._one(fn.__name__, "dc_n", dc_n, "B, H")
         dx, dh0, dc0, dw = _stack.backward(
-            spec, x, h0, c0, weights, *options, y, reserve, dy, *one, dc
+            spec, x, h0, c0, weights, *options, y, reserve, dy, dh_n, dc_n, dstates
         )
-        found = dict(zip(names[1:5], dw, strict=False), x=dx, h0=dh0[0])
-        found["c0"] = None if dc0 is None else dc0[0]
-        return tuple(found.get(n) if arguments[n] is not None else None for n in names)
+        found = dict(zip(_WEIGHTS, dw, strict=False))
+        found |= {"x": dx[0] if step else dx, h: dh0[0], c: None if dc0 is None else dc0[0]}
+        names = [n for n in signature(fn).parameters if n in (*_WEIGHTS, "x", h, c)]
+        return tuple(found[n] if given[n] is not None else None for n in names)
 
-    last = h_n[0] if op != "lstm" else (h_n[0], c_n[0])
-    return ((y, c) if cell_states else y, last), pullback
-
-
-def _cell(fn, arguments: dict) -> tuple:
-    """A cell is its function over one step."""
-    op = fn.__name__.removesuffix("_cell")
-    whole = getattr(recurrent, op)
-    states = {"h0": arguments["h"]} | ({"c0": arguments["c"]} if op == "lstm" else {})
-    shared = {n: v for n, v in arguments.items() if n not in ("x", "h", "c")}
-    bound = signature(whole).bind(arguments["x"][None], **shared, **states)
-    bound.apply_defaults()
-    (_, last), pull = _recurrent(whole, bound.arguments)
-
-    def pullback(gradients):
-        dx, dw_ih, dw_hh, db_ih, db_hh, *dstates = pull((None, gradients))
-        return (dx[0], *dstates, dw_ih, dw_hh, db_ih, db_hh)
-
-    return last, pullback
+    last = (h_n[0], c_n[0]) if op == "lstm" else h_n[0]
+    outputs = last if step else ((y, states) if cell_states else y, last)
+    return outputs, pullback
 
 
-_RULES = {fn: _recurrent for fn in (recurrent.rnn, recurrent.gru, recurrent.lstm)}
-_RULES |= {fn: _cell for fn in (recurrent.rnn_cell, recurrent.gru_cell, recurrent.lstm_cell)}
+_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
+_RULES = dict.fromkeys(
+    [
+        recurrent.rnn,
+        recurrent.gru,
+        recurrent.lstm,
+        recurrent.rnn_cell,
+        recurrent.gru_cell,
+        recurrent.lstm_cell,
+    ],
+    _recurrent,
+)
 
 
 def vjp(fn: Callable, *args, **kwargs) -> tuple:
@@ -88,9 +84,9 @@ def vjp(fn: Callable, *args, **kwargs) -> tuple:
     Equivalent to: jax.vjp(fn, *args)
     Source: Werbos, Backpropagation through time: what it does and how to do it, 1990.
     """
-    if fn not in _RULES:
-        known = " ".join(f.__name__ for f in _RULES)
-        raise TypeError(f"vjp: fn must be one of {known}, got {fn!r}")
+    if not any(fn is known for known in _RULES):
+        names = " ".join(known.__name__ for known in _RULES)
+        raise TypeError(f"vjp: fn must be one of {names}, got {fn!r}")
     bound = signature(fn).bind(*args, **kwargs)
     bound.apply_defaults()
     return _RULES[fn](fn, bound.arguments)

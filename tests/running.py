@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from problems import Result
+from problems import Result, solve_reference, solve_torch
 
 import fastseq
 
@@ -39,6 +39,23 @@ def solve(problem):
     """fastseq's Result, as `solve_reference` and `solve_torch` give theirs."""
     outputs, pullback = vjp(problem)
     return Result(outputs, pullback(problem.cotangents))
+
+
+def peer_of(problem):
+    """torch's Result on one thread: problems of this size a second one only slows."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return solve_torch(problem)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def judge(problem):
+    """The reference's Result, and for float32 torch's beside it, else None."""
+    return solve_reference(problem), peer_of(problem) if problem.dtype == "float32" else None
 
 
 def assert_same_bits(ours, expected):

@@ -159,7 +159,9 @@ def test_gates_do_not_divide(function):
     refused(lambda: getattr(fastseq, function)(**given), ValueError, message)
 
 
-@pytest.mark.parametrize("fn", [np.tanh, len, None, "gru", [fastseq.gru]], ids=repr)
+@pytest.mark.parametrize(
+    "fn", [np.tanh, len, None, "gru", [fastseq.gru]], ids=["ufunc", "len", "None", "name", "list"]
+)
 def test_vjp_of_an_unknown_function(fn):
     message = "vjp: fn must be one of rnn gru lstm rnn_cell gru_cell lstm_cell, got "
     with pytest.raises(TypeError, match=f"^{message}"):

@@ -9,8 +9,8 @@ from itertools import product
 
 import numpy as np
 import pytest
-from problems import CELLS, Problem, forward, problems, solve_reference, solve_torch
-from running import assert_same_bits, solve, vjp
+from problems import CELLS, Problem, forward, problems, solve_reference
+from running import assert_same_bits, judge, solve, vjp
 from tolerance import assert_all_close
 
 import fastseq
@@ -59,12 +59,6 @@ def edges():
 def names_of(arrays):
     """(cell, name) for all of a problem's inputs or cotangents."""
     return [(cell, name) for cell in CELLS for name in getattr(Problem(cell), arrays)]
-
-
-def judge(problem):
-    """The reference, and for float32 torch beside it."""
-    peer = solve_torch(problem) if problem.dtype == "float32" else None
-    return solve_reference(problem), peer
 
 
 def assert_solved(problem):

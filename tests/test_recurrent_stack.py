@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from problems import CELLS, Problem, Result, forward, solve_reference, solve_torch
-from running import assert_same_bits
+from problems import CELLS, Problem, Result, forward, solve_reference
+from running import assert_same_bits, peer_of
 from tolerance import assert_all_close
 
 from fastseq import _dispatch, _stack
@@ -131,7 +131,7 @@ def assert_solved(stack, ours):
     ref = compose(stack, solve_reference, lambda p: forward(reference, as_float64(p)))
     peer = None
     if stack.first.dtype == "float32":
-        peer = compose(stack, solve_torch, lambda p: solve_torch(p).outputs)
+        peer = compose(stack, peer_of, lambda p: peer_of(p).outputs)
     assert_all_close(ours.outputs, ref.outputs, peer and peer.outputs)
     assert_all_close(ours.grads, ref.grads, peer and peer.grads, grad=True)
 

@@ -79,12 +79,24 @@ cdef struct Outer:
 cdef enum:
     OUTER_K = 256
     OUTER_ROWS = 96
+    SUM_ROWS = 32
 
 
 cdef Py_ssize_t outer_scratch(Py_ssize_t N) noexcept nogil:
     """Reals that `outer` needs: packed b, a row of zeros, turned a, one tail tile."""
     cdef Py_ssize_t width = 4 * VL
     return ceil_div(N, width) * width * (OUTER_K + 1) + OUTER_ROWS * (OUTER_K + VL) + MAX_ROWS * width
+
+
+cdef void sum_rows(const real **row, Py_ssize_t K, Py_ssize_t m0, Py_ssize_t n, real *sums) noexcept nogil:
+    """sums[m] += sum_k row[k][m0 + m], in chains of SUM_ROWS: one over thousands of rows lost to torch's error."""
+    cdef real part[OUTER_ROWS]
+    cdef Py_ssize_t block, k
+    for block in range(ceil_div(K, SUM_ROWS)):
+        memset(part, 0, n * sizeof(real))
+        for k in range(block * SUM_ROWS, imin((block + 1) * SUM_ROWS, K)):
+            add_row(part, row[k] + m0, n)
+        add_row(sums, part, n)
 
 
 cdef void outer(Outer *o, real *scratch) noexcept nogil:
@@ -122,7 +134,6 @@ cdef void outer(Outer *o, real *scratch) noexcept nogil:
             for r in range(rows):
                 a_rows[r] = turned + r * (OUTER_K + VL)
             if o.sums != NULL:
-                for k in range(n):
-                    add_row(o.sums + m0, o.a[k0 + k] + m0, rows)
+                sum_rows(o.a + k0, n, m0, rows, o.sums + m0)
             product(&p, a_rows, o.c + m0, rows)
         k0 += max(1, n)

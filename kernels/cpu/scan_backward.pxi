@@ -165,7 +165,8 @@ cdef void collect(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) n
 
 cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
                            Py_ssize_t active, bint to_cell) noexcept nogil:
-    """a W by tiles; each tile goes to the cell, or is kept as dh. Rows of nothing but zeros cost nothing."""
+    """a W by tiles; each tile goes to the cell, or is kept as dh. Where nothing flows back, at a row's end and
+    before a reset, the row is zero even if a weight is not finite."""
     cdef Py_ssize_t width = 4 * VL, most = tile_rows(4), panel, i, n, r, left, k
     cdef real *acc[MAX_ROWS]
     for r in range(MAX_ROWS):
@@ -180,6 +181,9 @@ cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real
                 if a[i + r] != g.part.zero:
                     k = K
             tile(n, 4, a + i, 0, k, w + panel * K * width, g.part.zero, acc, 0)
+            for r in range(n):
+                if a[i + r] == g.part.zero:
+                    memset(acc[r], 0, width * sizeof(real))
             if to_cell:
                 call_cell(&g.part, &g.rows, i, n, panel * width, width, g.acc, False)
             else:
