@@ -106,7 +106,9 @@ class Problem:
         options = {"reverse": self.reverse}
         if self.ragged:
             first = [min(1, self.T), self.T, 0]
-            options["lengths"] = np.array([*first, *rng.integers(0, self.T + 1, self.B)][: self.B])
+            options["lengths"] = np.array(
+                [*first, *rng.integers(0, self.T + 1, self.B)][: self.B], dtype=int
+            )
         if self.resets:
             options["resets"] = rng.random((self.T, self.B)) < 0.25
         if self.function == "rnn":

@@ -81,7 +81,7 @@ cdef struct Call:
     char *workspace[MAX_JOBS]       # backward: packed weights, dGATES, dh
     int n_jobs
     bint backward
-    bint failed                     # some thread got no memory
+    bint failed[MAX_JOBS]           # some thread of the job got no memory
     Py_ssize_t l2_bytes
 
 
@@ -94,7 +94,7 @@ cdef int team_size(Call *call, int threads) noexcept nogil:
     return min(threads, most)
 
 
-cdef void run_forward(Call *call, Part part) noexcept nogil:
+cdef void run_forward(Part part, bint *failed) noexcept nogil:
     cdef Forward f
     cdef char *arena = NULL
     cdef char *at
@@ -110,9 +110,9 @@ cdef void run_forward(Call *call, Part part) noexcept nogil:
     f.q1 = share(panels, part.rank + 1, part.size) if part.by_units else panels
     forward_layout(&f, &arena)
     if posix_memalign(<void **>&at, 64, <size_t>arena):
-        call.failed, at = True, NULL
+        failed[0], at = True, NULL
     barrier_wait(part.barrier, part.size)
-    if not call.failed:
+    if not failed[0]:
         arena = at
         forward_layout(&f, &arena)
         memset(f.part.zero, 0, <char *>f.scratch - <char *>f.part.zero)
@@ -120,7 +120,7 @@ cdef void run_forward(Call *call, Part part) noexcept nogil:
     free(at)
 
 
-cdef void run_backward(Call *call, Part part, char *workspace) noexcept nogil:
+cdef void run_backward(Part part, char *workspace, bint *failed) noexcept nogil:
     cdef Backward g
     cdef const Shape *s = &part.job.shape
     cdef char *arena = NULL
@@ -138,9 +138,9 @@ cdef void run_backward(Call *call, Part part, char *workspace) noexcept nogil:
     g.u1 = share(panels, part.rank + 1, part.size) if part.by_units else panels
     backward_layout(&g, &arena)
     if posix_memalign(<void **>&at, 64, <size_t>arena):
-        call.failed, at = True, NULL
+        failed[0], at = True, NULL
     barrier_wait(part.barrier, part.size)
-    if not call.failed:
+    if not failed[0]:
         arena = at
         backward_layout(&g, &arena)
         backward_slots(&g)
@@ -173,9 +173,9 @@ cdef void run_member(Call *call, int rank, int size) noexcept nogil:
         part = part_of(&call.jobs[job], <Barrier *>(<char *>call.barriers + job * 128),
                        rank // call.n_jobs if members > 1 else 0, members, call.l2_bytes)
         if call.backward:
-            run_backward(call, part, call.workspace[job])
+            run_backward(part, call.workspace[job], &call.failed[job])
         else:
-            run_forward(call, part)
+            run_forward(part, &call.failed[job])
         job += step if size < call.n_jobs else call.n_jobs
 
 
@@ -205,9 +205,10 @@ cdef int run(Call *call, int threads) except -1:
             else:
                 gomp.parallel(team_member, call, threads, 0)
         for i in range(call.n_jobs):
+            failed = failed or call.failed[i]
             free(call.workspace[i])
         free(call.barriers)
-    if failed or call.failed:
+    if failed:
         raise MemoryError("fastseq: no memory for the scan's scratch")
     return 0
 
@@ -215,10 +216,10 @@ cdef int run(Call *call, int threads) except -1:
 cdef int run_scans(int cell, list scans, int threads, Py_ssize_t l2_bytes, bint backward) except -1:
     cdef Call call
     cdef int i
-    call.n_jobs, call.backward, call.failed, call.l2_bytes = len(scans), backward, False, l2_bytes
+    call.n_jobs, call.backward, call.l2_bytes = len(scans), backward, l2_bytes
     call.barriers = NULL
     for i in range(call.n_jobs):
-        call.jobs[i] = job_of(cell, scans[i])
+        call.jobs[i], call.failed[i] = job_of(cell, scans[i]), False
         if backward:
             add_gradients(&call.jobs[i], scans[i])
     return run(&call, threads)
