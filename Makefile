@@ -11,11 +11,12 @@ bench: setup
 test: setup
 	$(BIN)/python -m pytest
 
+lint: export PATH := $(abspath $(BIN)):$(PATH)
 lint: setup
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy
-	$(BIN)/cython-lint kernels
+	ruff check
+	ruff format --check
+	mypy
+	cython-lint kernels
 
 setup: $(VENV)/built.stamp
 

@@ -1,4 +1,4 @@
-"""Build the CPU kernels: one source, one extension per ISA level and dtype. Everything else is in pyproject.toml."""
+"""Build the CPU kernels: one source, one extension per ISA level and dtype."""
 
 import platform
 from copy import copy
@@ -10,9 +10,15 @@ from setuptools.command.build_ext import build_ext
 
 CPU = Path("kernels/cpu")
 HEADERS = [str(p) for p in CPU.iterdir() if p.suffix in {".h", ".pxi"}]
-# No -ffast-math: NaN and infinity keep their meaning, and linking it would flush denormals process-wide.
+# No -ffast-math: NaN and infinity keep their meaning, and linking it would flush denormals
+# in the whole process.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fno-semantic-interposition", "-Wno-unused-function", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS += [
+    "-fno-semantic-interposition",
+    "-Wno-unused-function",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
 # level -> (vector bytes, flags): the flags are what kernels/cpu/features.pyx asks the CPU for
@@ -23,7 +29,7 @@ if X86:
 
 
 class BuildPerVariant(build_ext):
-    """Every variant compiles the same file, so each gets an object folder of its own; all cores build."""
+    """Every variant compiles the same file, so each has its own object folder; all cores build."""
 
     def finalize_options(self):
         super().finalize_options()

@@ -1,4 +1,4 @@
-"""fastseq: compiled CPU kernels for sequence models, for NumPy arrays and, in `fastseq.torch`, torch tensors."""
+"""Compiled CPU kernels for sequence models: NumPy arrays here, torch tensors in `fastseq.torch`."""
 
 from fastseq._dispatch import get_num_threads, set_num_threads
 from fastseq.info import show_config

@@ -1,4 +1,4 @@
-"""Every argument error, in one place. Errors name the operation, the argument, what was expected, and what came."""
+"""Every argument error: it names the operation, the argument, what was expected, and what came."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _changing_limits() -> Iterator[tuple[str, int]]:
     if _Threads.user is not None:
         yield "set_num_threads", _Threads.user
     torch = sys.modules.get("torch")
-    if hasattr(torch, "get_num_threads"):
+    if torch is not None and hasattr(torch, "get_num_threads"):  # not while it is being imported
         yield "torch.get_num_threads", torch.get_num_threads()
     if _Threads.forked:
         yield "forked child", 1

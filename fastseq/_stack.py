@@ -1,9 +1,9 @@
 """Stacked, one- or two-directional recurrent layers over NumPy arrays: checks, allocation, kernels.
 
-The one path from both APIs to the kernels. What follows from shapes and dtypes alone (the checks, the
-sizes of packed weights and of the reserve) is a `Plan`, made once per signature and remembered.
-`reserve` is what forward keeps for backward, one flat array: per direction the gates, the cell states
-and a projection's input, and between layers the outputs.
+The one path from both APIs to the kernels. What follows from shapes and dtypes alone (the checks,
+the sizes of packed weights and of the reserve) is a `Plan`, made once per signature and remembered.
+`reserve` is what forward keeps for backward, one flat array: per direction the gates, the cell
+states and a projection's input, and between layers the outputs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,7 +77,7 @@ class Plan:
     reserve: dict[tuple[str, int], tuple[slice, tuple[int, ...]]]  # (name, scan or layer)
     reserve_size: int
 
-    def kept(self, reserve: Array | None, name: str, index: int) -> Array | None:
+    def kept(self, reserve: Array | None, name: str, index: int) -> Any:
         """An array in the reserve, or None."""
         if reserve is None or (name, index) not in self.reserve:
             return None
@@ -88,7 +89,7 @@ def _slices(sizes: Sequence[int]) -> tuple[tuple[slice, ...], int]:
     ends = [0]
     for size in sizes:
         ends.append(ends[-1] + size)
-    return tuple(slice(a, b) for a, b in zip(ends, ends[1:], strict=False)), ends[-1]
+    return tuple(slice(a, b) for a, b in pairwise(ends)), ends[-1]
 
 
 @lru_cache(maxsize=1024)
@@ -240,7 +241,7 @@ class _Call:
 
     def scan(self, index: int, x: Array, y: Array, h_n, c_n, c) -> Scan:
         """Scan `index` between a layer's input and its whole output; c may be None."""
-        plan, (layer, d) = self.plan, divmod(index, self.spec.directions)
+        plan, d = self.plan, index % self.spec.directions
         m = plan.kept(self.reserve, "m", index)
         if m is None and plan.P:
             m = np.empty((1, plan.B, plan.H), plan.dtype)
@@ -263,7 +264,7 @@ class _Call:
             gates=plan.kept(self.reserve, "gates", index),
         )
 
-    def half(self, a: Array | None, d: int, width: int) -> Array | None:
+    def half(self, a: Array | None, d: int, width: int) -> Any:
         """Direction d's columns of a layer's output."""
         if a is None or self.spec.directions == 1:
             return a
@@ -320,9 +321,9 @@ def forward(
             scan.packed = packed[plan.packed[index]]
             scans.append(scan)
         call.run(plan.kernels.forward, scans)
-    if cell_states and save:
+    if c is not None and save:
         for d in range(D):
-            call.half(c, d, plan.H)[...] = plan.kept(reserve, "c", spec.scans - D + d)
+            np.copyto(call.half(c, d, plan.H), plan.kept(reserve, "c", spec.scans - D + d))
     return y, h_n, c_n, c, reserve
 
 

@@ -6,8 +6,9 @@ from fastseq import _check, _stack
 from fastseq._stack import Array, Spec
 
 
-def _weights(w_ih, w_hh, b_ih, b_hh, op: str) -> tuple[tuple, bool]:
+def _weights(weights: tuple, op: str) -> tuple[tuple, bool]:
     """The flat list of weights, and whether it holds biases."""
+    w_ih, w_hh, b_ih, b_hh = weights
     if b_ih is None and b_hh is None:
         return (w_ih, w_hh), False
     if b_ih is None or b_hh is None:
@@ -24,15 +25,14 @@ def _one(op: str, name: str, value, letters: str):
     """A state (B, H) as that of a stack of one layer, a step (B, I) as a sequence of one."""
     if value is None and letters == "B, H":
         return None
-    signature = _check.signature(value)
-    _check.floats(op, name, signature)
-    _check.rank(op, name, signature[0], letters)
+    _check.floats(op, name, _check.signature(value))
+    _check.rank(op, name, value.shape, letters)
     return value[None]
 
 
 def _run(cell: str, x, w, h0, c0=None, *, lengths, resets, reverse, cell_states=False):
     op = cell.split("_")[0]
-    weights, bias = _weights(*w, op)
+    weights, bias = _weights(w, op)
     spec = Spec(cell, reverse=bool(reverse), bias=bias)
     h0, c0 = _one(op, "h0", h0, "B, H"), _one(op, "c0", c0, "B, H")
     return _stack.forward(spec, x, h0, c0, weights, lengths, resets, cell_states=cell_states)
@@ -103,8 +103,8 @@ def gru(
 ) -> tuple[Array, Array]:
     """Gated recurrent unit over T steps, reset gate after the product.
 
-        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)        n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
-        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)        h' = (1 - z) * n + z * h
+        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)    n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
+        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)    h' = (1 - z) * n + z * h
 
     Args:
         x: (T, B, I) float32 or float64, any strides; T >= 1.
@@ -153,8 +153,8 @@ def lstm(
 ):
     """Long short-term memory over T steps.
 
-        i, f, o = sigmoid(W_i* x + b_i* + W_h* h + b_h*)        g = tanh(W_ig x + b_ig + W_hg h + b_hg)
-        c' = f * c + i * g                                      h' = o * tanh(c')
+        i, f, o = sigmoid(W_i* x + b_i* + W_h* h + b_h*)    g = tanh(W_ig x + b_ig + W_hg h + b_hg)
+        c' = f * c + i * g                                  h' = o * tanh(c')
 
     Args:
         x: (T, B, I) float32 or float64, any strides; T >= 1.
@@ -193,7 +193,7 @@ def lstm(
 
 def _step(cell: str, x, h, c, w):
     op = f"{cell.split('_')[0]}_cell"
-    weights, bias = _weights(*w, op)
+    weights, bias = _weights(w, op)
     x, h, c = _one(op, "x", x, "B, I"), _one(op, "h", h, "B, H"), _one(op, "c", c, "B, H")
     _, h_n, c_n, _, _ = _stack.forward(Spec(cell, bias=bias, step=True), x, h, c, weights)
     return h_n[0], None if c_n is None else c_n[0]
@@ -247,7 +247,8 @@ def gru_cell(
 ) -> Array:
     """One step of `gru`, for streaming.
 
-        r, z = sigmoid(W_i* x + b_i* + W_h* h + b_h*)        n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
+        r, z = sigmoid(W_i* x + b_i* + W_h* h + b_h*)
+        n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
         h' = (1 - z) * n + z * h
 
     Args:
@@ -283,8 +284,8 @@ def lstm_cell(
 ) -> tuple[Array, Array]:
     """One step of `lstm`, for streaming.
 
-        i, f, o = sigmoid(W_i* x + b_i* + W_h* h + b_h*)        g = tanh(W_ig x + b_ig + W_hg h + b_hg)
-        c' = f * c + i * g                                      h' = o * tanh(c')
+        i, f, o = sigmoid(W_i* x + b_i* + W_h* h + b_h*)    g = tanh(W_ig x + b_ig + W_hg h + b_hg)
+        c' = f * c + i * g                                  h' = o * tanh(c')
 
     Args:
         x: (B, I) float32 or float64.

@@ -14,7 +14,7 @@ def _recurrent(fn: Callable, given: dict) -> tuple[tuple, Callable]:
     op = fn.__name__.removesuffix("_cell")
     step = fn.__name__ != op
     h, c = ("h", "c") if step else ("h0", "c0")
-    weights, bias = recurrent._weights(*(given[n] for n in _WEIGHTS), fn.__name__)
+    weights, bias = recurrent._weights(tuple(given[n] for n in _WEIGHTS), fn.__name__)
     cell = f"rnn_{recurrent._nonlinearity(fn.__name__, given)}" if op == "rnn" else op
     spec = Spec(cell, reverse=bool(given.get("reverse")), bias=bias, step=step)
     x = recurrent._one(fn.__name__, "x", given["x"], "B, I") if step else given["x"]

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,14 @@ def test_shapes_are_stated(name):
         entry = re.match(r"    (\w+): (.*)", line)
         if entry and entry[1] not in scalars:
             assert re.match(r"\([\w, ]+\)", entry[2]), line
+
+
+def test_the_readme_runs():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
+    names: dict = {}
+    for block in blocks:
+        if "import torch" in block:
+            pytest.importorskip("torch")
+        exec(block, names)
+    assert names["dw_hh"].any() and names["y"].requires_grad

@@ -1,7 +1,7 @@
 """What the recurrent kernels take: one `Scan` per direction of a layer, every array with its shape.
 
-Arrays are NumPy arrays of the module's dtype. Nothing is checked here; the API's `_check` has done it.
-A kernel entry takes a list of scans that do not depend on each other and runs them side by side.
+Arrays are NumPy arrays of the module's dtype. Nothing is checked here; the API's `_check` has done
+it. A kernel entry takes scans that do not depend on each other and runs them side by side.
 """
 
 from __future__ import annotations

@@ -67,14 +67,14 @@ cdef inline int plane_gate(const Shape *s, int plane, bint of_input) noexcept no
 cdef void pack_gates(const Shape *s, const real *w, Py_ssize_t K, bint of_input, Py_ssize_t p0, Py_ssize_t p1,
                      real *dst) noexcept nogil:
     cdef Py_ssize_t panel, unit, gate, width = s.nv * VL
-    cdef int j, l
+    cdef int j, lane
     cdef const real *source[VL]
     for panel in range(p0, p1):
         for j in range(s.nv):
             gate = plane_gate(s, j % s.cell.gates, of_input)
-            for l in range(VL):
-                unit = (panel * s.units + j // s.cell.gates) * VL + l
-                source[l] = w + (gate * s.H + unit) * K if unit < s.H else NULL
+            for lane in range(VL):
+                unit = (panel * s.units + j // s.cell.gates) * VL + lane
+                source[lane] = w + (gate * s.H + unit) * K if unit < s.H else NULL
             pack_transposed(source, K, dst + panel * K * width + j * VL, width)
 
 
@@ -106,13 +106,13 @@ cdef void pack_rows(const real **row, Py_ssize_t K, Py_ssize_t columns, Py_ssize
 
 cdef void pack_projection(const Shape *s, const real *w_hr, real *dst) noexcept nogil:
     cdef Py_ssize_t panel, column, width = 4 * VL
-    cdef int j, l
+    cdef int j, lane
     cdef const real *source[VL]
     for panel in range(ceil_div(s.P, width)):
         for j in range(4):
-            for l in range(VL):
-                column = panel * width + j * VL + l
-                source[l] = w_hr + column * s.H if column < s.P else NULL
+            for lane in range(VL):
+                column = panel * width + j * VL + lane
+                source[lane] = w_hr + column * s.H if column < s.P else NULL
             pack_transposed(source, s.H, dst + panel * s.H * width + j * VL, width)
 
 

@@ -101,7 +101,7 @@ cdef void sum_rows(const real **row, Py_ssize_t K, Py_ssize_t m0, Py_ssize_t n, 
 
 cdef void outer(Outer *o, real *scratch) noexcept nogil:
     cdef Py_ssize_t width = 4 * VL, panels = ceil_div(o.N, width)
-    cdef Py_ssize_t k0 = 0, n, k, block, m0, rows, r, l
+    cdef Py_ssize_t k0 = 0, n, k, block, m0, rows, r, lane
     cdef real *packed = scratch
     cdef real *zero = packed + panels * width * OUTER_K
     cdef real *tail = zero + panels * width
@@ -128,8 +128,8 @@ cdef void outer(Outer *o, real *scratch) noexcept nogil:
             m0 = o.m0 + block * OUTER_ROWS
             rows = imin(OUTER_ROWS, o.m1 - m0)
             for k in range(ceil_div(n, VL)):    # turned[r][k] = a[k0 + k][m0 + r]
-                for l in range(VL):
-                    source[l] = o.a[k0 + k * VL + l] + m0 if k * VL + l < n else NULL
+                for lane in range(VL):
+                    source[lane] = o.a[k0 + k * VL + lane] + m0 if k * VL + lane < n else NULL
                 pack_transposed(source, rows, turned + k * VL, OUTER_K + VL)
             for r in range(rows):
                 a_rows[r] = turned + r * (OUTER_K + VL)
