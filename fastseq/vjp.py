@@ -45,17 +45,9 @@ def _recurrent(fn: Callable, given: dict) -> tuple[tuple, Callable]:
 
 
 _WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
-_RULES = dict.fromkeys(
-    [
-        recurrent.rnn,
-        recurrent.gru,
-        recurrent.lstm,
-        recurrent.rnn_cell,
-        recurrent.gru_cell,
-        recurrent.lstm_cell,
-    ],
-    _recurrent,
-)
+_SCANS = (recurrent.rnn, recurrent.gru, recurrent.lstm)
+_STEPS = (recurrent.rnn_cell, recurrent.gru_cell, recurrent.lstm_cell)
+_RULES = dict.fromkeys((*_SCANS, *_STEPS), _recurrent)
 
 
 def vjp(fn: Callable, *args, **kwargs) -> tuple:

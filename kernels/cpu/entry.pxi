@@ -73,6 +73,7 @@ cdef int add_gradients(Job *j, object scan) except -1:
 
 cdef enum:
     MAX_JOBS = 2                    # the directions of a layer
+    BARRIER_BYTES = 128             # two cache lines
 
 
 cdef struct Call:
@@ -94,20 +95,24 @@ cdef int team_size(Call *call, int threads) noexcept nogil:
     return min(threads, most)
 
 
+cdef void own_panels(const Part *p, Py_ssize_t columns, Py_ssize_t width, Py_ssize_t *first,
+                     Py_ssize_t *end) noexcept nogil:
+    """The panels of `width` columns that this thread computes: all, or its share where units are split."""
+    cdef Py_ssize_t panels = ceil_div(columns, width)
+    first[0] = share(panels, p.rank, p.size) if p.by_units else 0
+    end[0] = share(panels, p.rank + 1, p.size) if p.by_units else panels
+
+
 cdef void run_forward(Part part, bint *failed) noexcept nogil:
     cdef Forward f
+    cdef const Shape *s = &part.job.shape
     cdef char *arena = NULL
     cdef char *at
-    cdef Py_ssize_t panels
     memset(&f, 0, sizeof(Forward))
     f.part = part
-    f.at = packed_forward(&part.job.shape)
-    panels = part.job.shape.panels
-    f.p0 = share(panels, part.rank, part.size) if part.by_units else 0
-    f.p1 = share(panels, part.rank + 1, part.size) if part.by_units else panels
-    panels = ceil_div(part.job.shape.P, 4 * VL)
-    f.q0 = share(panels, part.rank, part.size) if part.by_units else 0
-    f.q1 = share(panels, part.rank + 1, part.size) if part.by_units else panels
+    f.at = packed_forward(s)
+    own_panels(&part, s.H, s.units * VL, &f.p0, &f.p1)
+    own_panels(&part, s.P, 4 * VL, &f.q0, &f.q1)
     forward_layout(&f, &arena)
     if posix_memalign(<void **>&at, 64, <size_t>arena):
         failed[0], at = True, NULL
@@ -125,17 +130,12 @@ cdef void run_backward(Part part, char *workspace, bint *failed) noexcept nogil:
     cdef const Shape *s = &part.job.shape
     cdef char *arena = NULL
     cdef char *at
-    cdef Py_ssize_t panels
     memset(&g, 0, sizeof(Backward))
     g.part = part
     g.whole = part_of(part.job, NULL, 0, 1, 0)
     backward_shared(&g, &workspace)
-    panels = ceil_div(s.R, 4 * VL)
-    g.r0 = share(panels, part.rank, part.size) if part.by_units else 0
-    g.r1 = share(panels, part.rank + 1, part.size) if part.by_units else panels
-    panels = ceil_div(s.H, 4 * VL)
-    g.u0 = share(panels, part.rank, part.size) if part.by_units else 0
-    g.u1 = share(panels, part.rank + 1, part.size) if part.by_units else panels
+    own_panels(&part, s.R, 4 * VL, &g.r0, &g.r1)
+    own_panels(&part, s.H, 4 * VL, &g.u0, &g.u1)
     backward_layout(&g, &arena)
     if posix_memalign(<void **>&at, 64, <size_t>arena):
         failed[0], at = True, NULL
@@ -163,20 +163,25 @@ cdef void backward_shared(Backward *g, char **arena) noexcept nogil:
     g.dh = <real *>take(arena, g.ring * job.B * s.P * sizeof(real))
 
 
+cdef void run_job(Call *call, int job, int rank, int size) noexcept nogil:
+    cdef Barrier *barrier = <Barrier *>(<char *>call.barriers + job * BARRIER_BYTES)
+    cdef Part part = part_of(&call.jobs[job], barrier, rank, size, call.l2_bytes)
+    if call.backward:
+        run_backward(part, call.workspace[job], &call.failed[job])
+    else:
+        run_forward(part, &call.failed[job])
+
+
 cdef void run_member(Call *call, int rank, int size) noexcept nogil:
-    cdef int job = rank % call.n_jobs, step = size, members
-    cdef Part part
-    while job < call.n_jobs:
-        members = 1
-        if size >= call.n_jobs:
-            members = (size - job + call.n_jobs - 1) // call.n_jobs
-        part = part_of(&call.jobs[job], <Barrier *>(<char *>call.barriers + job * 128),
-                       rank // call.n_jobs if members > 1 else 0, members, call.l2_bytes)
-        if call.backward:
-            run_backward(part, call.workspace[job], &call.failed[job])
-        else:
-            run_forward(part, &call.failed[job])
-        job += step if size < call.n_jobs else call.n_jobs
+    """Threads are dealt out to the jobs in turn; fewer threads than jobs run one job after the other."""
+    cdef int n = call.n_jobs, job
+    if size >= n:
+        job = rank % n
+        run_job(call, job, rank // n, (size - job + n - 1) // n)
+    else:
+        for job in range(n):
+            if job % size == rank:
+                run_job(call, job, 0, 1)
 
 
 cdef void team_member(void *call) noexcept nogil:
@@ -190,9 +195,9 @@ cdef int run(Call *call, int threads) except -1:
     cdef char *arena
     with nogil:
         threads = team_size(call, threads) if gomp.parallel != NULL else 1
-        failed = posix_memalign(<void **>&call.barriers, 64, 128 * MAX_JOBS) != 0
+        failed = posix_memalign(<void **>&call.barriers, 64, BARRIER_BYTES * MAX_JOBS) != 0
         if not failed:
-            memset(call.barriers, 0, 128 * MAX_JOBS)
+            memset(call.barriers, 0, BARRIER_BYTES * MAX_JOBS)
         for i in range(call.n_jobs):
             call.workspace[i] = NULL
             if call.backward and not failed:

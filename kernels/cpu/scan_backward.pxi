@@ -21,7 +21,8 @@ cdef struct Backward:
     Py_ssize_t active           # rows the scan has reached
     Py_ssize_t r0, r1           # its panels of the R columns of h
     Py_ssize_t u0, u1           # its panels of the H units; those of R without a projection
-    real *acc                   # (MAX_ROWS, 4 * VL)
+    real *acc                   # (n, 4 * VL): one panel of a product
+    real **acc_row
     Rows rows
     const real **from_gates     # dGATES rows of the step after
     real **dh_row
@@ -43,7 +44,8 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     cdef int slot
     g.part.tail = <real *>take(arena, TAIL_BYTES)
     g.part.zero = <real *>take(arena, (max(width, s.R, s.I) + TAIL_ROW) * sizeof(real))
-    g.acc = <real *>take(arena, MAX_ROWS * TAIL_ROW * sizeof(real))
+    g.acc = <real *>take(arena, n * 4 * VL * sizeof(real))
+    g.acc_row = <real **>take(arena, n * pointer)
     for slot in range(SLOTS):
         g.rows.row[slot] = <real **>take(arena, n * pointer)
     g.from_gates = <const real **>take(arena, n * pointer)
@@ -155,7 +157,7 @@ cdef void collect(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) n
     cdef const real *acc
     cdef real *dh
     for r in range(n):
-        acc = g.acc + r * 4 * VL
+        acc = g.acc_row[first + r]
         dy = g.rows.row[DY][first + r] + col
         dh_in = g.rows.row[DH_IN][first + r] + col
         dh = g.dh_row[first + r] + col
@@ -165,31 +167,45 @@ cdef void collect(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) n
 
 cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
                            Py_ssize_t active, bint to_cell) noexcept nogil:
-    """a W by tiles; each tile goes to the cell, or is kept as dh. Where nothing flows back, at a row's end and
-    before a reset, the row is zero even if a weight is not finite."""
-    cdef Py_ssize_t width = 4 * VL, most = tile_rows(4), panel, i, n, r, left, k
-    cdef real *acc[MAX_ROWS]
-    for r in range(MAX_ROWS):
-        acc[r] = g.acc + r * width
+    """a W panel by panel; each goes to the cell, or is kept as dh. In blocks of k, so that a panel's block stays in
+    L2 for all rows. Where nothing flows back, at a row's end and before a reset, the row is zero even if a weight is
+    not finite."""
+    cdef Py_ssize_t width = 4 * VL, most = tile_rows(4), panel, i, k0, n, left
+    for i in range(active):
+        g.acc_row[i] = g.acc + i * width
     for panel in range(p0, p1):
+        k0 = 0
+        while k0 < K:
+            backward_tiles(g, a, k0, imin(k0 + K_BLOCK, K), w + (panel * K + k0) * width, active)
+            k0 += K_BLOCK
         i = 0
         left = ceil_div(active, most)
         while left > 0:
             n = ceil_div(active - i, left)
-            k = 0
-            for r in range(n):
-                if a[i + r] != g.part.zero:
-                    k = K
-            tile(n, 4, a + i, 0, k, w + panel * K * width, g.part.zero, acc, 0)
-            for r in range(n):
-                if a[i + r] == g.part.zero:
-                    memset(acc[r], 0, width * sizeof(real))
             if to_cell:
-                call_cell(&g.part, &g.rows, i, n, panel * width, width, g.acc, False)
+                call_cell(&g.part, &g.rows, i, n, panel * width, width, g.acc_row[i], False)
             else:
                 collect(g, i, n, panel * width)
             i += n
             left -= 1
+
+
+cdef void backward_tiles(Backward *g, const real **a, Py_ssize_t k0, Py_ssize_t k1, const real *w,
+                         Py_ssize_t active) noexcept nogil:
+    """acc (+)= a[k0:k1] w for all active rows; the first block of k starts from zero."""
+    cdef Py_ssize_t i = 0, r, n, end, left = ceil_div(active, tile_rows(4))
+    while left > 0:
+        n = ceil_div(active - i, left)
+        end = k0
+        for r in range(i, i + n):
+            if a[r] != g.part.zero:
+                end = k1
+        tile(n, 4, a + i, k0, end, w, g.part.zero if k0 == 0 else NULL, g.acc_row + i, 0)
+        for r in range(i, i + n):
+            if a[r] == g.part.zero:
+                memset(g.acc_row[r], 0, 4 * VL * sizeof(real))
+        i += n
+        left -= 1
 
 
 cdef void backward_steps(Backward *g, Py_ssize_t s0, Py_ssize_t s1) noexcept nogil:
