@@ -23,11 +23,18 @@ enum {
 
 INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
 
+/* Loops over a tile's rows and vectors, so that the accumulators are registers in every build. */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
 /* init: NULL to add to c, else one row that every row of c starts from. */
 INLINE void tile_fixed(const int rows, const int nv, const real *const *a, intptr_t k0, intptr_t k1,
                        const real *w, const real *init, real *const *c, intptr_t col) {
     const real *row[MAX_ROWS];
-#pragma GCC unroll 8
+    UNROLL
     for (int r = 0; r < rows; r++)
         row[r] = a[r];
     do {
@@ -35,20 +42,20 @@ INLINE void tile_fixed(const int rows, const int nv, const real *const *a, intpt
         intptr_t end = k1 - k0 < SUM_CHUNK ? k1 : k0 + SUM_CHUNK;
         for (; k0 < end; k0++, w += nv * VL) {
             vec wk[4];
-#pragma GCC unroll 4
+            UNROLL
             for (int j = 0; j < nv; j++)
                 wk[j] = load(w + j * VL);
-#pragma GCC unroll 8
+            UNROLL
             for (int r = 0; r < rows; r++) {
                 vec ark = broadcast(row[r][k0]);
-#pragma GCC unroll 4
+                UNROLL
                 for (int j = 0; j < nv; j++)
                     acc[r][j] += ark * wk[j];
             }
         }
-#pragma GCC unroll 8
+        UNROLL
         for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
+            UNROLL
             for (int j = 0; j < nv; j++)
                 store(c[r] + col + j * VL, acc[r][j] + load(init ? init + j * VL : c[r] + col + j * VL));
         init = 0;
