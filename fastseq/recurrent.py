@@ -126,7 +126,7 @@ def gru(
         ValueError: a shape or length out of range; the message states both sides.
 
     Accuracy: float32 within twice torch's own error against float64 (tests); tanh to 4 ULP,
-        sigmoid to 2. The bits do not depend on the thread count or on the rest of the batch.
+        sigmoid to 3. The bits do not depend on the thread count or on the rest of the batch.
     Cost: 6 H (I + H) FLOP per active step and row; for backward 4 H values a step and row.
     Equivalent to: torch.nn.GRU(I, H)(x, h0[None])
     Source: Cho et al., arXiv:1406.1078v1 (this form of the reset gate).
@@ -179,7 +179,7 @@ def lstm(
         ValueError: a shape or length out of range; the message states both sides.
 
     Accuracy: float32 within twice torch's own error against float64 (tests); tanh to 4 ULP,
-        sigmoid to 2. The bits do not depend on the thread count or on the rest of the batch.
+        sigmoid to 3. The bits do not depend on the thread count or on the rest of the batch.
     Cost: 8 H (I + H) FLOP per active step and row; for backward 5 H values a step and row.
     Equivalent to: torch.nn.LSTM(I, H)(x, (h0[None], c0[None]))
     Source: Hochreiter & Schmidhuber 1997; forget gate: Gers, Schmidhuber & Cummins 2000.

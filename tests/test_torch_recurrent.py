@@ -333,4 +333,5 @@ def test_no_leak(problem):
 def test_storages_of_weights_stay_resizable():
     w = torch.randn(4, 4, requires_grad=True)
     ft.rnn(torch.randn(2, 1, 4), w, w)[0].sum().backward()
-    w.untyped_storage().resize_(0)
+    w.untyped_storage().resize_(0)  # raises where NumPy holds the storage
+    assert w.untyped_storage().nbytes() == 0

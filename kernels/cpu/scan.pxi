@@ -103,7 +103,7 @@ cdef int useful_threads(const Job *job, int threads, int n_jobs) noexcept nogil:
 
 
 cdef enum:
-    SMALL_STEP = 100000         # FLOP; about 2 us on one core, ten barriers
+    SMALL_STEP = 100000         # FLOP; one core does it in about 2 us
     SMALL_JOB = 1000000
 
 

@@ -8,7 +8,7 @@
 # Step -1 is the initial state. Cost: twice the forward's FLOP, two barriers a chunk.
 
 cdef enum:
-    PRODUCT_ROWS = 512          # rows (t, b) of a chunk; against all T at once LSTM B128 H128 gains 15 % on Zen 4
+    PRODUCT_ROWS = 512          # rows (t, b) of a chunk; LSTM B128 H128 trains in 60 ms, with all T at once 84 (Zen 4)
 
 
 cdef struct Backward:

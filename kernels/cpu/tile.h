@@ -12,13 +12,13 @@
 
 #include "vec.h"
 
-/* Rows that keep the accumulators in registers: 32 of them with AVX-512, 16 below.
- * Zen 4, one core, against the next best height: 6x4 of 24 registers, 8x3 likewise. */
+/* Rows whose accumulators stay in registers: 32 of them with AVX-512, 16 below. Zen 4, one core, K = 512: heights
+ * 4 to 8 all reach 112 to 116 GFLOP/s, 2 and 3 rows 88 to 92, one row 53. */
 enum {
     MAX_ROWS = 8,
     ROWS_NV4 = VBYTES == 64 ? 6 : 3,
     ROWS_NV3 = VBYTES == 64 ? 8 : 4,
-    SUM_CHUNK = 128, /* one chain over K = 1024 has 3 times the rounding error; adding up costs 2 % */
+    SUM_CHUNK = 128, /* one chain over K = 1024 had 3 times the rounding error; the sums cost nothing measurable */
 };
 
 INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
@@ -90,7 +90,8 @@ INLINE void tile(intptr_t rows, int nv, const real *const *a, intptr_t k0, intpt
     (nv == 4 ? nv4 : nv3)[rows](a, k0, k1, w, init, c, col);
 }
 
-/* Transposes VL x VL in registers by log2(VL) butterflies: 3 times faster than by elements (Zen 4, AVX-512). */
+/* Transposes VL x VL in registers by log2(VL) butterflies: packing takes 0.35 ns an element, by elements 0.46
+ * (Zen 4, AVX-512, LSTM H 256). */
 #define LOWER(l, d) ((l) & (d) ? VL + ((l) ^ (d)) : (l))
 #define UPPER(l, d) ((l) & (d) ? VL + (l) : (l) ^ (d))
 #define LANES2(F, d, at) F(at, d), F(at + 1, d)

@@ -76,7 +76,7 @@ INLINE vec clamp(vec x, real limit) {
 }
 
 /* 1 / d for finite d. float32 with AVX-512: an estimate of 14 bits and one Newton step, 2 ULP. A zmm division
- * keeps Zen 4's divider busy for 10 cycles and an LSTM cell has five: the cell took 33 ns a vector, now 28. */
+ * keeps Zen 4's divider busy for 10 cycles and an LSTM cell has five: the cell took 33 ns a vector, without them 27. */
 INLINE vec reciprocal(vec d) {
 #if VBYTES == 64 && REAL_BITS == 32
     vec y = _mm512_rcp14_ps(d);
