@@ -21,7 +21,7 @@ cdef struct Backward:
     Py_ssize_t active           # rows the scan has reached
     Py_ssize_t r0, r1           # its panels of the R columns of h
     Py_ssize_t u0, u1           # its panels of the H units; those of R without a projection
-    real *acc                   # (n, 4 * VL): one panel of a product
+    real *acc                   # (n, 4 * VL): one panel of a product, or ROW_PANELS of a single row
     real **acc_row
     Rows rows
     const real **from_gates     # dGATES rows of the step after
@@ -44,7 +44,7 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     cdef int slot
     g.part.tail = <real *>take(arena, TAIL_BYTES)
     g.part.zero = <real *>take(arena, (max(width, s.R, s.I) + TAIL_ROW) * sizeof(real))
-    g.acc = <real *>take(arena, n * 4 * VL * sizeof(real))
+    g.acc = <real *>take(arena, max(n, <Py_ssize_t>ROW_PANELS) * 4 * VL * sizeof(real))
     g.acc_row = <real **>take(arena, n * pointer)
     for slot in range(SLOTS):
         g.rows.row[slot] = <real **>take(arena, n * pointer)
@@ -173,6 +173,9 @@ cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real
     cdef Py_ssize_t width = 4 * VL, most = tile_rows(4), panel, i, k0, n, left
     for i in range(active):
         g.acc_row[i] = g.acc + i * width
+    if active == 1:
+        backward_row(g, a[0], K, w, p0, p1, to_cell)
+        return
     for panel in range(p0, p1):
         k0 = 0
         while k0 < K:
@@ -188,6 +191,24 @@ cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real
                 collect(g, i, n, panel * width)
             i += n
             left -= 1
+
+
+cdef void backward_row(Backward *g, const real *a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
+                       bint to_cell) noexcept nogil:
+    """The same for a single row, a few panels at a time."""
+    cdef Py_ssize_t width = 4 * VL, panel = p0, n, p
+    while panel < p1:
+        n = imin(ROW_PANELS, p1 - panel)
+        memset(g.acc, 0, n * width * sizeof(real))
+        if a != g.part.zero:
+            row_tile(n, 4, a, 0, K, w + panel * K * width, K * width, g.acc, width)
+        for p in range(n):
+            if to_cell:
+                call_cell(&g.part, &g.rows, 0, 1, (panel + p) * width, width, g.acc + p * width, False)
+            else:
+                g.acc_row[0] = g.acc + p * width
+                collect(g, 0, 1, (panel + p) * width)
+        panel += n
 
 
 cdef void backward_tiles(Backward *g, const real **a, Py_ssize_t k0, Py_ssize_t k1, const real *w,

@@ -104,6 +104,21 @@ cdef void forward_rows(Forward *f, Py_ssize_t s, Py_ssize_t active) noexcept nog
             f.rows.row[C][i] = c_out
 
 
+cdef void forward_row(Forward *f, real *gates) noexcept nogil:
+    """A step with one active row."""
+    cdef Job *job = f.part.job
+    cdef const Shape *s = &job.shape
+    cdef Py_ssize_t reals = s.R * s.nv * VL, stride = s.units * s.cell.planes * VL, panel = f.p0, n, p
+    cdef Py_ssize_t first_plane = (s.cell.planes - s.cell.gates) * VL
+    while panel < f.p1:
+        n = imin(ROW_PANELS, f.p1 - panel)
+        row_tile(n, s.nv, f.rows.row[H_PREV][0], 0, s.R, job.packed + f.at.w_hh + panel * reals, reals,
+                 gates + panel * stride + first_plane, stride)
+        for p in range(panel, panel + n):
+            call_cell(&f.part, &f.rows, 0, 1, p * s.units * VL, s.units * VL, NULL, True)
+        panel += n
+
+
 cdef void forward_step(Forward *f, real **gates, Py_ssize_t active) noexcept nogil:
     cdef Job *job = f.part.job
     cdef const Shape *s = &job.shape
@@ -111,6 +126,9 @@ cdef void forward_step(Forward *f, real **gates, Py_ssize_t active) noexcept nog
     cdef Py_ssize_t first_plane = (s.cell.planes - s.cell.gates) * VL
     cdef const real **h_prev = <const real **>f.rows.row[H_PREV]
     f.rows.row[GATES] = gates
+    if active == 1:
+        forward_row(f, gates[0])
+        return
     for panel in range(f.p0, f.p1):
         col = panel * s.units * s.cell.planes * VL + first_plane
         i = 0

@@ -16,6 +16,7 @@
  * 4 to 8 all reach 112 to 116 GFLOP/s, 2 and 3 rows 88 to 92, one row 53. */
 enum {
     MAX_ROWS = 8,
+    ROW_PANELS = 3, /* panels that a single row is multiplied with at once */
     ROWS_NV4 = VBYTES == 64 ? 6 : 3,
     ROWS_NV3 = VBYTES == 64 ? 8 : 4,
     SUM_CHUNK = 128, /* one chain over K = 1024 had 3 times the rounding error; the sums cost nothing measurable */
@@ -88,6 +89,48 @@ INLINE void tile(intptr_t rows, int nv, const real *const *a, intptr_t k0, intpt
     static const TileFn nv4[] = {0, tile_1x4, tile_2x4, tile_3x4};
 #endif
     (nv == 4 ? nv4 : nv3)[rows](a, k0, k1, w, init, c, col);
+}
+
+/* One row times `panels` neighbouring panels, `panel` reals apart in w and `panel_c` in c: c += a w. A single panel has
+ * 3 or 4 chains of additions where the FMA units hold 8, and one stream from memory. Bits as tile's. With B = 1, T 100,
+ * forward: GRU 1.23 times as fast as panel by panel, LSTM 1.14, RNN 1.07 to 1.2 (Zen 3, AVX2, H 64 to 1024). */
+INLINE void row_fixed(const int panels, const int nv, const real *a, intptr_t k0, intptr_t k1, const real *w,
+                      intptr_t panel, real *c, intptr_t panel_c) {
+    do {
+        vec acc[ROW_PANELS][4] = {};
+        intptr_t end = k1 - k0 < SUM_CHUNK ? k1 : k0 + SUM_CHUNK;
+        for (; k0 < end; k0++, w += nv * VL) {
+            vec ak = broadcast(a[k0]);
+            UNROLL
+            for (int p = 0; p < panels; p++)
+                UNROLL
+                for (int j = 0; j < nv; j++)
+                    acc[p][j] += ak * load(w + p * panel + j * VL);
+        }
+        UNROLL
+        for (int p = 0; p < panels; p++)
+            UNROLL
+            for (int j = 0; j < nv; j++)
+                store(c + p * panel_c + j * VL, acc[p][j] + load(c + p * panel_c + j * VL));
+    } while (k0 < k1);
+}
+
+#define ROW_TILE(P, NV)                                                                                                \
+    static __attribute__((noinline, unused)) void row_tile_##P##x##NV(                                                 \
+        const real *a, intptr_t k0, intptr_t k1, const real *w, intptr_t panel, real *c, intptr_t panel_c) {           \
+        row_fixed(P, NV, a, k0, k1, w, panel, c, panel_c);                                                             \
+    }
+ROW_TILE(1, 3) ROW_TILE(2, 3) ROW_TILE(3, 3) ROW_TILE(1, 4) ROW_TILE(2, 4) ROW_TILE(3, 4)
+#undef ROW_TILE
+
+typedef void (*RowTileFn)(const real *, intptr_t, intptr_t, const real *, intptr_t, real *, intptr_t);
+
+/* panels <= ROW_PANELS, nv is 3 or 4. */
+INLINE void row_tile(intptr_t panels, int nv, const real *a, intptr_t k0, intptr_t k1, const real *w, intptr_t panel,
+                     real *c, intptr_t panel_c) {
+    static const RowTileFn nv3[] = {0, row_tile_1x3, row_tile_2x3, row_tile_3x3};
+    static const RowTileFn nv4[] = {0, row_tile_1x4, row_tile_2x4, row_tile_3x4};
+    (nv == 4 ? nv4 : nv3)[panels](a, k0, k1, w, panel, c, panel_c);
 }
 
 /* Transposes VL x VL in registers by log2(VL) butterflies: packing takes 0.35 ns an element, by elements 0.46
