@@ -1,0 +1,370 @@
+"""The reference of attention: against torch, finite differences, and its own contract."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+from attention_problems import AttentionProblem, solve_reference, solve_torch
+from finite_differences import assert_gradients_are_those_of
+from problems import cast
+from tolerance import assert_all_close, assert_close
+
+from fastseq.reference import attention as reference
+
+OPTIONS = [
+    {"causal": True},
+    {"causal": "top_left"},
+    {"causal": "bottom_right"},
+    {"window": (2, 1)},
+    {"window": (None, 0)},
+    {"window": (1, None)},
+    {"mask": "BxNHxLxS"},
+    {"mask": "Bx1x1xS"},
+    {"bias": "BxNHxLxS"},
+    {"bias": "LxS"},
+    {"bias": "NHxLx1"},
+    {"ragged": "q"},
+    {"ragged": "kv"},
+    {"ragged": "qkv"},
+    {"scale": -0.7},
+    {"softcap": 0.8},
+    {"alibi": "NH"},
+    {"alibi": "BxNH"},
+    {"dropout_p": 0.3},
+    {"NH": 6, "NK": 2},
+    {"NH": 4, "NK": 1},
+]
+PAIRS = [a | b for a, b in combinations(OPTIONS, 2) if not a.keys() & b.keys()]
+ALL_OPTIONS = {
+    **{"B": 5, "NH": 4, "NK": 2, "causal": "bottom_right", "window": (4, 1), "ragged": "qkv"},
+    **{"mask": "BxNHxLxS", "bias": "NHxLxS", "scale": 0.9, "softcap": 2.5, "alibi": "BxNH"},
+    "dropout_p": 0.2,
+}
+EDGES = [
+    AttentionProblem(B=1, NH=1, NK=1, L=1, S=1, D=1, DV=1),
+    AttentionProblem(B=1, NH=2, NK=1, L=1, S=13, D=8, DV=1, causal="bottom_right"),
+    AttentionProblem(B=1, NH=1, NK=1, L=17, S=2, D=1, DV=3, causal="bottom_right"),
+    AttentionProblem(B=5, NH=8, NK=2, L=33, S=47, D=16, DV=16, ragged="qkv", window=(3, 2)),
+]
+EVERY = [AttentionProblem(**{"B": 5} | options) for options in [{}, *OPTIONS, *PAIRS, ALL_OPTIONS]]
+
+
+def rectangular(problem):
+    """L < S, L > S and L = S: whatever is aligned differs."""
+    return [replace(problem, L=L, S=S) for L, S in ((5, 7), (7, 5), (6, 6))]
+
+
+def assert_identical(ours, expected):
+    for name, array in expected.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+def poisoned(arrays, **where):
+    """The arrays by name with NaN put in where the index of that name points."""
+    copies = {name: a.copy() for name, a in arrays.items()}
+    for name, index in where.items():
+        copies[name][index] = np.nan
+    return copies
+
+
+# Against torch
+
+
+@pytest.mark.parametrize("problem", EVERY + EDGES, ids=str)
+def test_matches_torch(problem):
+    for p in rectangular(problem) if problem in EVERY else [problem]:
+        ours, judge = solve_reference(p), solve_torch(p)
+        assert_all_close(ours.outputs, judge.outputs)
+        assert_all_close(ours.grads, judge.grads, grad=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"mask": "BxNHxLxS"},
+        {"mask": "LxS"},
+        {"bias": "BxNHxLxS"},
+        {"bias": "NHxLxS"},
+        {"scale": -0.3, "NK": 1},
+        {"causal": True, "NK": 1},
+        {"mask": "Bx1x1xS", "NK": 1},
+    ],
+    ids=lambda options: "-".join(f"{k}{v}" for k, v in options.items()) or "plain",
+)
+def test_matches_scaled_dot_product_attention(options):
+    torch = pytest.importorskip("torch")
+    for problem in rectangular(AttentionProblem(**options)):
+        leaves = {n: torch.tensor(a, requires_grad=True) for n, a in problem.inputs.items()}
+        mask = problem.options.get("mask")
+        o = torch.nn.functional.scaled_dot_product_attention(
+            leaves["q"],
+            leaves["k"],
+            leaves["v"],
+            leaves.get("bias") if mask is None else torch.tensor(mask),
+            is_causal=problem.causal,
+            scale=problem.scale,
+            enable_gqa=problem.NK != problem.NH,
+        )
+        grads = torch.autograd.grad(o, leaves.values(), torch.tensor(problem.cotangents["do"]))
+        ours = solve_reference(problem.having(cotangents={"dlse": np.zeros(o.shape[:-1])}))
+        assert_close(ours.outputs["o"], o.detach(), name="o")
+        assert_all_close(ours.grads, dict(zip(leaves, grads, strict=True)), grad=True)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_nan_and_inf_come_out_where_torch_has_them(name, value):
+    problem = AttentionProblem()
+    array = problem.inputs[name].copy()
+    array[0, 1, 2, 0] = value
+    problem = problem.having(inputs={name: array})
+    ours, judge = solve_reference(problem), solve_torch(problem)
+    assert_all_close({"o": ours.outputs["o"]}, {"o": judge.outputs["o"]})
+    assert_all_close(ours.grads, judge.grads, grad=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["plain", "all"])
+def test_half_and_single_match_float64_as_torch_does(options, dtype):
+    problem = AttentionProblem(**options, dtype=dtype)
+    ours, ref, peer = (
+        solve_reference(problem, dtype),
+        solve_reference(problem),
+        solve_torch(problem),
+    )
+    assert_all_close(ours.outputs, ref.outputs, peer.outputs)
+    assert_all_close(ours.grads, ref.grads, peer.grads, grad=True)
+
+
+# The gradients against finite differences of the same reference
+
+
+@pytest.mark.parametrize("options", [{"bias": "Bx1xLxS"}, ALL_OPTIONS], ids=["bias", "all"])
+def test_gradients_are_those_of_the_forward(options, rng):
+    problem = AttentionProblem(**options)
+    cotangents = cast(problem.cotangents, "longdouble")
+
+    def loss(**inputs):
+        o, lse = reference.attention(**inputs, **problem.options)
+        has_key = lse != -np.inf
+        return (cotangents["do"] * o).sum() + (cotangents["dlse"] * lse)[has_key].sum()
+
+    grads = solve_reference(problem, "longdouble").grads
+    assert_gradients_are_those_of(loss, cast(problem.inputs, "longdouble"), grads, rng)
+
+
+def test_gradients_left_out_are_zeros():
+    problem = AttentionProblem()
+    both = solve_reference(problem).grads
+    parts = [
+        reference.attention_vjp(**problem.inputs, **problem.options, **{name: a})
+        for name, a in problem.cotangents.items()
+    ]
+    for name, whole in both.items():
+        assert_close(parts[0][name] + parts[1][name], whole, grad=True, name=f"d{name}")
+
+
+# Which keys a query may attend
+
+
+def attended(L, S, B=1, **options):
+    """Rows of x and . for one head: with q = 0 and v the identity, o is p."""
+    q, k, v = np.zeros((B, 1, L, 1)), np.zeros((B, 1, S, 1)), np.tile(np.eye(S), (B, 1, 1, 1))
+    o, _ = reference.attention(q, k, v, **options)
+    return [" ".join("".join(".x"[int(p > 0)] for p in row) for row in rows) for rows in o[:, 0]]
+
+
+@pytest.mark.parametrize(
+    ("L", "S", "options", "expected"),
+    [
+        (3, 5, {"causal": True}, "x.... xx... xxx.."),
+        (3, 5, {"causal": "bottom_right"}, "xxx.. xxxx. xxxxx"),
+        (5, 3, {"causal": "top_left"}, "x.. xx. xxx xxx xxx"),
+        (5, 3, {"causal": "bottom_right"}, "... ... x.. xx. xxx"),
+        (3, 5, {"window": (1, 1)}, "xx... xxx.. .xxx."),
+        (3, 5, {"window": (None, -1)}, "..... x.... xx..."),
+        (3, 5, {"window": (0, None)}, "xxxxx .xxxx ..xxx"),
+        (3, 5, {"causal": True, "window": (1, 1)}, "x.... xx... .xx.."),
+        (3, 5, {"causal": "bottom_right", "window": (1, None)}, ".xx.. ..xx. ...xx"),
+    ],
+)
+def test_diagonals_and_windows(L, S, options, expected):
+    assert attended(L, S, **options) == [expected]
+
+
+def test_bottom_right_ends_at_each_rows_own_lengths():
+    lengths = {"q_lengths": [2, 3, 1], "kv_lengths": [4, 2, 0]}
+    assert attended(3, 4, B=3, causal="bottom_right", **lengths) == [
+        "xxx. xxxx ....",
+        ".... x... xx..",
+        ".... .... ....",
+    ]
+
+
+@pytest.mark.parametrize("rows", [[0], [2], [4], [0, 2, 4]], ids=str)
+@pytest.mark.parametrize("how", ["mask", "bias"])
+def test_a_row_with_no_key(how, rows):
+    """o = 0, lse = -inf, and the others as if it were not there."""
+    problem = AttentionProblem()
+    allowed = ~np.isin(np.arange(problem.L), rows)[:, None]
+    given = {"mask": allowed} if how == "mask" else {"bias": np.where(allowed, 0, -np.inf)}
+    o, lse = reference.attention(**problem.inputs, **given)
+    grads = reference.attention_vjp(**problem.inputs, **given, **problem.cotangents)
+    assert not o[:, :, rows].any() and (lse[:, :, rows] == -np.inf).all()
+    assert not grads["q"][:, :, rows].any() and np.isfinite(lse[:, :, allowed[:, 0]]).all()
+
+    others = {"inputs": {"q": problem.inputs["q"][:, :, allowed[:, 0]]}}
+    others["cotangents"] = {n: a[:, :, allowed[:, 0]] for n, a in problem.cotangents.items()}
+    alone = solve_reference(problem.having(**others))
+    assert_close(o[:, :, allowed[:, 0]], alone.outputs["o"], name="o")
+    for name in ("k", "v"):
+        assert_close(grads[name], alone.grads[name], grad=True, name=f"d{name}")
+
+
+def test_a_row_of_scores_all_minus_infinity_has_no_key():
+    problem = AttentionProblem()
+    k = np.abs(problem.inputs["k"])
+    k[..., 0] = np.inf
+    q = np.where(np.arange(problem.L)[:, None] == 1, -1, problem.inputs["q"])
+    result = solve_reference(problem.having(inputs={"q": q, "k": k}))
+    assert (result.outputs["lse"][:, :, 1] == -np.inf).all()
+    assert not result.outputs["o"][:, :, 1].any() and not result.grads["q"][:, :, 1].any()
+
+
+# What is not attended is not read
+
+
+@pytest.mark.parametrize("how", ["mask", "bias", "kv_lengths", "window"])
+def test_nan_in_keys_nobody_attends_reaches_nothing(how):
+    problem = AttentionProblem()
+    last = np.arange(problem.S) >= problem.S - 2
+    option = {
+        "mask": {"mask": ~last},
+        "bias": {"bias": np.where(last, -np.inf, 0.5)},
+        "kv_lengths": {"kv_lengths": [problem.S - 2] * problem.B},
+        "window": {"window": (None, problem.S - 2 - problem.L)},
+    }[how]
+    clean = problem.inputs
+    dirty = poisoned(clean, k=(..., last, slice(None)), v=(..., last, 0))
+    results = []
+    for inputs in (clean, dirty):
+        o, lse = reference.attention(**inputs, **option)
+        grads = reference.attention_vjp(**inputs, **option, **problem.cotangents)
+        results.append({"o": o, "lse": lse} | {f"d{name}": a for name, a in grads.items()})
+    assert_identical(results[1], results[0])
+    for name in ("dk", "dv"):
+        assert not results[1][name][:, :, last].any()
+
+
+@pytest.mark.parametrize(("name", "value"), [("k", np.nan), ("v", np.nan), ("v", np.inf)])
+def test_nan_in_a_key_reaches_only_the_queries_that_attend_it(name, value):
+    problem = AttentionProblem(causal=True)
+    array = problem.inputs[name].copy()
+    array[:, :, 3] = value
+    clean, dirty = solve_reference(problem), solve_reference(problem.having(inputs={name: array}))
+    assert_identical({"dq": dirty.grads["q"][:, :, :3]}, {"dq": clean.grads["q"][:, :, :3]})
+    for output in ("o", "lse")[: 1 + (name == "k")]:
+        before, after = np.split(dirty.outputs[output], [3], axis=2)
+        assert_identical({output: before}, {output: clean.outputs[output][:, :, :3]})
+        assert not np.isfinite(after).any()
+
+
+def test_nan_past_the_queries_own_length_reaches_nothing():
+    problem = AttentionProblem(B=5, ragged="qkv", causal="bottom_right")
+    past = np.arange(problem.L) >= problem.options["q_lengths"][:, None]
+    rows = tuple(np.argwhere(past).T)
+    rows = (rows[0], slice(None), rows[1])
+    clean = solve_reference(problem)
+    dirty = solve_reference(
+        problem.having(
+            inputs=poisoned(problem.inputs, q=rows),
+            cotangents=poisoned(problem.cotangents, do=rows, dlse=rows),
+        )
+    )
+    assert past.any() and not clean.outputs["o"][rows].any()
+    assert_identical(dirty.outputs, clean.outputs)
+    assert_identical(dirty.grads, clean.grads)
+
+
+# The same in pieces: packed, and over two halves of the keys
+
+
+def packed(problem):
+    """pack(name, array) without the padding of a ragged problem, and its cu_seqlens_q, _k."""
+    lengths = {"q": problem.options["q_lengths"], "k": problem.options["kv_lengths"]}
+    lengths |= {"v": lengths["k"], "do": lengths["q"], "dlse": lengths["q"]}
+
+    def pack(name, a):
+        rows = [a[b, :, :n].swapaxes(0, 1) for b, n in enumerate(lengths[name])]
+        return np.concatenate(rows)
+
+    cu_seqlens = {f"cu_seqlens_{n}": np.cumsum([0, *lengths[n]]) for n in ("q", "k")}
+    return pack, cu_seqlens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"NH": 4, "NK": 2, "window": (2, 1), "softcap": 2.0, "alibi": "BxNH"},
+        {"causal": "bottom_right", "alibi": "NH", "dropout_p": 0.4},
+    ],
+    ids=["plain", "gqa-window-softcap-alibi", "bottom_right-alibi-dropout"],
+)
+def test_packed_is_padded_without_the_padding(options):
+    problem = AttentionProblem(**{"B": 6, "ragged": "qkv"} | options)
+    padded, (pack, cu_seqlens) = solve_reference(problem), packed(problem)
+    arrays = {name: pack(name, a) for name, a in (problem.inputs | problem.cotangents).items()}
+    inputs, cotangents = ({n: arrays[n] for n in names} for names in ("qkv", ("do", "dlse")))
+    given = {n: v for n, v in problem.options.items() if not n.endswith("lengths")} | cu_seqlens
+
+    o, lse = reference.attention_varlen(**inputs, **given)
+    grads = reference.attention_varlen_vjp(**inputs, **given, **cotangents)
+    assert_close(o, pack("q", padded.outputs["o"]), name="o")
+    assert_close(lse, pack("q", padded.outputs["lse"]), name="lse")
+    assert_all_close(grads, {n: pack(n, a) for n, a in padded.grads.items()}, grad=True)
+
+
+@pytest.mark.parametrize("cut", [0, 3, 7])
+@pytest.mark.parametrize(
+    "options", [{}, {"mask": "BxNHxLxS", "bias": "LxS"}], ids=["plain", "mask"]
+)
+def test_two_sets_of_keys_merge_into_the_whole(options, cut):
+    problem = AttentionProblem(**options)
+    a = problem.inputs | {n: m for n, m in problem.options.items() if n == "mask"}
+    parts = []
+    for keys in (slice(cut), slice(cut, None)):
+        part = {n: x[..., keys] if n in ("mask", "bias") else x[..., keys, :] for n, x in a.items()}
+        parts += reference.attention(**part | {"q": a["q"]})
+    o, lse = reference.merge_attention(*parts)
+    assert_all_close({"o": o, "lse": lse}, solve_reference(problem).outputs)
+
+
+# Edges
+
+
+@pytest.mark.parametrize("size", [{"B": 0}, {"L": 0}, {"S": 0}, {"DV": 0}], ids=str)
+def test_empty_sizes_have_a_result(size):
+    problem = AttentionProblem(**{"bias": "LxS", "causal": "bottom_right", "dropout_p": 0.5} | size)
+    result = solve_reference(problem)
+    rows = (problem.B, problem.NH, problem.L)
+    assert result.outputs["o"].shape == (*rows, problem.DV)
+    assert result.outputs["lse"].shape == rows
+    for name, a in problem.inputs.items():
+        assert result.grads[name].shape == a.shape
+    if "S" in size:
+        assert not result.outputs["o"].any() and (result.outputs["lse"] == -np.inf).all()
+        assert not result.grads["q"].any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "longdouble"])
+def test_computes_in_the_dtype_of_q(dtype):
+    result = solve_reference(AttentionProblem(**ALL_OPTIONS), dtype)
+    for a in (*result.outputs.values(), *result.grads.values()):
+        assert a.dtype == dtype
+    o, lse = result.outputs.values()
+    for a in reference.merge_attention(o, lse, o, lse):
+        assert a.dtype == dtype
