@@ -209,6 +209,15 @@ def test_two_sets_of_keys_merge_into_the_whole(options, cut):
     assert_all_close({"o": o, "lse": lse}, solve_reference(problem).outputs)
 
 
+def test_a_part_without_a_key_is_not_read_by_the_merge():
+    o, lse = solve_reference(AttentionProblem()).outputs.values()
+    nothing = np.full_like(o, np.nan), np.full_like(lse, -np.inf)
+    for parts in ((o, lse, *nothing), (*nothing, o, lse)):
+        assert_all_close(dict(enumerate(reference.merge_attention(*parts))), {0: o, 1: lse})
+    empty = reference.merge_attention(*nothing, *nothing)
+    assert not empty[0].any() and (empty[1] == -np.inf).all()
+
+
 # Edges
 
 

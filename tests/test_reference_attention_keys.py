@@ -91,8 +91,9 @@ def test_a_row_of_scores_all_minus_infinity_has_no_key():
 # What is not attended is not read
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("how", ["mask", "bias", "kv_lengths", "window"])
-def test_nan_in_keys_nobody_attends_reaches_nothing(how):
+def test_nan_in_keys_nobody_attends_reaches_nothing(how, softcap):
     problem = AttentionProblem()
     last = np.arange(problem.S) >= problem.S - 2
     option = {
@@ -100,7 +101,7 @@ def test_nan_in_keys_nobody_attends_reaches_nothing(how):
         "bias": {"bias": np.where(last, -np.inf, 0.5)},
         "kv_lengths": {"kv_lengths": [problem.S - 2] * problem.B},
         "window": {"window": (None, problem.S - 2 - problem.L)},
-    }[how]
+    }[how] | {"softcap": softcap}
     clean = problem.inputs
     dirty = poisoned(clean, k=(..., last, slice(None)), v=(..., last, 0))
     results = []
@@ -115,11 +116,15 @@ def test_nan_in_keys_nobody_attends_reaches_nothing(how):
 
 @pytest.mark.parametrize(("name", "value"), [("k", np.nan), ("v", np.nan), ("v", np.inf)])
 def test_nan_in_a_key_reaches_only_the_queries_that_attend_it(name, value):
-    problem = AttentionProblem(causal=True)
+    problem = AttentionProblem(causal=True, bias="BxNHxLxS")
     array = problem.inputs[name].copy()
     array[:, :, 3] = value
     clean, dirty = solve_reference(problem), solve_reference(problem.having(inputs={name: array}))
-    assert_identical({"dq": dirty.grads["q"][:, :, :3]}, {"dq": clean.grads["q"][:, :, :3]})
+    for grad in ("q", "bias"):
+        before, after = (r.grads[grad][:, :, :3] for r in (clean, dirty))
+        np.testing.assert_array_equal(after, before, err_msg=f"d{grad}")
+    above = np.triu(np.ones((problem.L, problem.S), bool), 1)
+    assert not dirty.grads["bias"][:, :, above].any()
     for output in ("o", "lse")[: 1 + (name == "k")]:
         before, after = np.split(dirty.outputs[output], [3], axis=2)
         assert_identical({output: before}, {output: clean.outputs[output][:, :, :3]})
@@ -127,7 +132,7 @@ def test_nan_in_a_key_reaches_only_the_queries_that_attend_it(name, value):
 
 
 def test_nan_past_the_queries_own_length_reaches_nothing():
-    problem = AttentionProblem(B=5, ragged="qkv", causal="bottom_right")
+    problem = AttentionProblem(B=5, ragged="qkv", causal="bottom_right", bias="NHxLxS")
     past = np.arange(problem.L) >= problem.options["q_lengths"][:, None]
     rows = tuple(np.argwhere(past).T)
     rows = (rows[0], slice(None), rows[1])

@@ -293,6 +293,7 @@ def attention_varlen_vjp(q, k, v, cu_seqlens_q, cu_seqlens_k, *, do=None, dlse=N
     return grads
 
 
+@np.errstate(invalid="ignore")
 def merge_attention(o1, lse1, o2, lse2):
     """Attention over two disjoint sets of keys from that over each. Returns o, lse.
 
@@ -302,7 +303,6 @@ def merge_attention(o1, lse1, o2, lse2):
     lse = np.logaddexp(lse1, lse2)
     o = np.zeros_like(o1)
     for o_part, lse_part in ((o1, lse1), (o2, lse2)):
-        has_key = lse_part != -np.inf
-        weight = np.exp(np.subtract(lse_part, lse, where=has_key, out=np.zeros_like(lse)))
-        o = o + np.where(has_key[..., None], weight[..., None] * o_part, 0)
+        weight = np.exp(lse_part - lse)[..., None]
+        o += np.where(lse_part[..., None] != -np.inf, weight * o_part, 0)
     return o, lse
