@@ -29,8 +29,32 @@ class Result(NamedTuple):
     grads: dict
 
 
+class Drawn:
+    """What the problems of every family share: arrays drawn from the name of a frozen dataclass."""
+
+    def _rng(self, what):
+        name = f"{replace(self, dtype='float64')} {what}"
+        return np.random.default_rng(zlib.crc32(name.encode()))
+
+    def _freeze(self, arrays):
+        arrays = {name: a.astype(self.dtype) for name, a in arrays.items()}
+        for a in arrays.values():
+            a.flags.writeable = False
+        return arrays
+
+    def having(self, *, inputs=(), options=(), cotangents=()):
+        """A copy with some of these replaced: {name: value}; a slice in time, a NaN, lengths."""
+        copy = replace(self)
+        copy.__dict__.update(
+            inputs=self.inputs | dict(inputs),
+            options=self.options | dict(options),
+            cotangents=self.cotangents | dict(cotangents),
+        )
+        return copy
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(Drawn):
     """One layer in one direction, its arrays drawn at random, always the same for the same fields.
 
     bias, initial: whether b_ih, b_hh and h0, c0 are given; P > 0: an LSTM's projection; ragged:
@@ -68,16 +92,6 @@ class Problem:
     def function(self):
         """The name of the public function: rnn, gru or lstm."""
         return self.cell.split("_")[0]
-
-    def _rng(self, what):
-        name = f"{replace(self, dtype='float64')} {what}"
-        return np.random.default_rng(zlib.crc32(name.encode()))
-
-    def _freeze(self, arrays):
-        arrays = {name: a.astype(self.dtype) for name, a in arrays.items()}
-        for a in arrays.values():
-            a.flags.writeable = False
-        return arrays
 
     @cached_property
     def inputs(self):
@@ -125,16 +139,6 @@ class Problem:
             shapes |= {"dc_n": (B, H), "dc": (T, B, H)}
         rng = self._rng("cotangents")
         return self._freeze({name: rng.standard_normal(shape) for name, shape in shapes.items()})
-
-    def having(self, *, inputs=(), options=(), cotangents=()):
-        """A copy with some of these replaced: {name: value}; a slice in time, a NaN, lengths."""
-        copy = replace(self)
-        copy.__dict__.update(
-            inputs=self.inputs | dict(inputs),
-            options=self.options | dict(options),
-            cotangents=self.cotangents | dict(cotangents),
-        )
-        return copy
 
 
 def problems(cells=CELLS, **fields):
