@@ -62,7 +62,7 @@ def variants(stem: str) -> list[Extension]:
                 (f"PyInit_{stem}", f"PyInit_{stem}_{level}_f{bits}"),
             ],
             extra_compile_args=FLAGS + isa,
-            libraries=["dl"],
+            libraries=["dl", "m"],
         )
         for level, (width, isa) in LEVELS.items()
         for bits in (32, 64)
@@ -70,4 +70,7 @@ def variants(stem: str) -> list[Extension]:
 
 
 features = Extension("fastseq.kernels.cpu.features", [c_source("features")])
-setup(ext_modules=[features, *variants("recurrent")], cmdclass={"build_ext": BuildPerVariant})
+setup(
+    ext_modules=[features, *variants("recurrent"), *variants("attention")],
+    cmdclass={"build_ext": BuildPerVariant},
+)

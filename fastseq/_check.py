@@ -20,15 +20,15 @@ def signature(value) -> Signature | None:
     return (value.shape, value.dtype) if isinstance(value, np.ndarray) else ((), type(value))
 
 
-def floats(op: str, name: str, value: Signature | None, dtype=None) -> None:
-    """A native float32 or float64 array, of `dtype` where given."""
+def floats(op: str, name: str, value: Signature | None, dtype=None, like: str = "x") -> None:
+    """A native float32 or float64 array, of `dtype` where given, which argument `like` has."""
     got = value[1] if value is not None else type(None)
     if not isinstance(got, np.dtype):
         raise TypeError(f"{op}: {name} must be a NumPy array, got {got.__name__}")
     if dtype is None and got not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32 or float64, got {got!s}")
     if dtype is not None and got != dtype:
-        raise TypeError(f"{op}: {name} must be {dtype!s} as x is, got {got!s}")
+        raise TypeError(f"{op}: {name} must be {dtype!s} as {like} is, got {got!s}")
 
 
 def shape(op: str, name: str, got: tuple, letters: str, expected: Sequence[int]) -> None:
@@ -45,19 +45,51 @@ def rank(op: str, name: str, got: tuple, letters: str) -> None:
         raise ValueError(f"{op}: {name} must be ({letters}), {n} axes, got shape {got}")
 
 
-def lengths(op: str, value, T: int, B: int) -> np.ndarray | None:
-    """(B,) integers in 0..T, as int64."""
+def counts(
+    op: str, name: str, value, axis: tuple[str, int], most: tuple[str, int]
+) -> np.ndarray | None:
+    """(B,) integers in 0..most, as int64; axis and most are letters with their sizes."""
     if value is None:
         return None
     value = np.asarray(value)
     if value.dtype.kind not in "iu":
-        raise TypeError(f"{op}: lengths must be integers, got {value.dtype!s}")
-    shape(op, "lengths", value.shape, "B,", (B,))
+        raise TypeError(f"{op}: {name} must be integers, got {value.dtype!s}")
+    shape(op, name, value.shape, f"{axis[0]},", (axis[1],))
     value = np.ascontiguousarray(value, np.int64)
-    if B and (value.min() < 0 or value.max() > T):
-        b = int(np.argmax((value < 0) | (value > T)))
-        raise ValueError(f"{op}: lengths must be in 0..T = 0..{T}, got lengths[{b}] = {value[b]}")
+    letter, limit = most
+    if value.size and (value.min() < 0 or value.max() > limit):
+        b = int(np.argmax((value < 0) | (value > limit)))
+        expected = f"0..{letter} = 0..{limit}"
+        raise ValueError(f"{op}: {name} must be in {expected}, got {name}[{b}] = {value[b]}")
     return value
+
+
+def offsets(op: str, name: str, value, rows: tuple[str, int]) -> np.ndarray:
+    """(B + 1,) ascending integers from 0 to the number of packed rows, as int64."""
+    value = np.asarray(value)
+    if value.dtype.kind not in "iu":
+        raise TypeError(f"{op}: {name} must be integers, got {value.dtype!s}")
+    rank(op, name, value.shape, "B + 1")
+    value = np.ascontiguousarray(value, np.int64)
+    letter, n = rows
+    if not value.size or value[0] != 0 or value[-1] != n:
+        ends = f"{value[0]}..{value[-1]}" if value.size else "nothing"
+        raise ValueError(f"{op}: {name} must go from 0 to {letter} = {n}, got {ends}")
+    if np.any(np.diff(value) < 0):
+        b = int(np.argmax(np.diff(value) < 0))
+        steps = f"{name}[{b}:{b + 2}] = {value[b]}, {value[b + 1]}"
+        raise ValueError(f"{op}: {name} must not descend, got {steps}")
+    return value
+
+
+def broadcasts(op: str, name: str, got: tuple, letters: str, expected: Sequence[int]) -> None:
+    """A shape that broadcasts to the expected one."""
+    fits = len(got) <= len(expected) and all(
+        n in (1, e) for n, e in zip(got[::-1], expected[::-1], strict=False)
+    )
+    if not fits:
+        numbers = ", ".join(map(str, expected))
+        raise ValueError(f"{op}: {name} must broadcast to ({letters}) = ({numbers}), got {got}")
 
 
 def resets(op: str, value, T: int, B: int) -> np.ndarray | None:

@@ -34,10 +34,10 @@ def level() -> tuple[str, str]:
 
 
 @cache
-def recurrent(dtype: np.dtype) -> ModuleType:
-    """The recurrent kernels for float32 or float64 at the level in use."""
+def kernels(stem: str, dtype: np.dtype) -> ModuleType:
+    """The kernels of one family for float32 or float64 at the level in use."""
     return importlib.import_module(
-        f"fastseq.kernels.cpu.recurrent_{level()[0]}_f{8 * dtype.itemsize}"
+        f"fastseq.kernels.cpu.{stem}_{level()[0]}_f{8 * dtype.itemsize}"
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseq import _check, _dispatch
+from fastseq._arrays import contiguous, rows
 from fastseq.kernels.cpu.contract import CELLS, GATES, Scan
 
 Array = np.ndarray
@@ -94,7 +95,7 @@ def _slices(sizes: Sequence[int]) -> tuple[tuple[slice, ...], int]:
 
 @lru_cache(maxsize=1024)
 def _sized(spec: Spec, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype) -> Plan:  # noqa: E741
-    kernels, cell = _dispatch.recurrent(dtype), CELLS[spec.cell]
+    kernels, cell = _dispatch.kernels("recurrent", dtype), CELLS[spec.cell]
     D, R = spec.directions, P or H
     inputs = tuple(I if index < D else D * R for index in range(spec.scans))
     packed, packed_size = _slices([kernels.packed_size(cell, n, H, P) for n in inputs])
@@ -184,19 +185,7 @@ def reserve_size(
     return _sized(spec, T, B, input_size, hidden_size, proj_size, np.dtype(dtype)).reserve_size
 
 
-# ---- arrays as the kernels take them
-
-
-def _contiguous(a):
-    return a if a is None or a.flags.c_contiguous else np.ascontiguousarray(a)
-
-
-def _rows(a):
-    """`a` with consecutive elements in its last axis and whole elements between rows."""
-    if a is None or a.flags.c_contiguous:
-        return a
-    whole = a.flags.aligned and not any(stride % a.itemsize for stride in a.strides)
-    return a if whole and a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
+# ---- packed weights
 
 
 def _pack(plan: Plan, spec: Spec, weights: Sequence) -> Array:
@@ -204,7 +193,7 @@ def _pack(plan: Plan, spec: Spec, weights: Sequence) -> Array:
     start = plan.kernels.to_cache_line(raw)
     packed, threads = raw[start : start + plan.packed_size], _dispatch.get_num_threads()
     for index in range(spec.scans):
-        part = tuple([_contiguous(w) for w in spec.weights_of(weights, index)])
+        part = tuple([contiguous(w) for w in spec.weights_of(weights, index)])
         sizes = plan.inputs[index], plan.H, plan.P
         plan.kernels.pack(CELLS[spec.cell], *sizes, part, packed[plan.packed[index]], threads)
     return packed
@@ -219,8 +208,8 @@ def pack(spec: Spec, weights: Sequence) -> Array:
 
 def fingerprint(weights: Sequence) -> int:
     """A 64-bit hash of the weights' contents."""
-    kernels = _dispatch.recurrent(weights[0].dtype)
-    return kernels.fingerprint([_contiguous(w) for w in weights])
+    kernels = _dispatch.kernels("recurrent", weights[0].dtype)
+    return kernels.fingerprint([contiguous(w) for w in weights])
 
 
 # ---- forward and backward
@@ -276,10 +265,10 @@ class _Call:
 
 
 def _call(spec, plan, h0, c0, lengths, resets, reserve) -> _Call:
-    lengths = _check.lengths(spec.op, lengths, plan.T, plan.B)
+    lengths = _check.counts(spec.op, "lengths", lengths, ("B", plan.B), ("T", plan.T))
     order = None if lengths is None else np.argsort(-lengths, kind="stable")
     resets = _check.resets(spec.op, resets, plan.T, plan.B)
-    return _Call(spec, plan, lengths, order, resets, _contiguous(h0), _contiguous(c0), reserve)
+    return _Call(spec, plan, lengths, order, resets, contiguous(h0), contiguous(c0), reserve)
 
 
 def forward(
@@ -309,7 +298,7 @@ def forward(
     h_n = np.empty((spec.scans, B, plan.R), dtype)
     c_n = np.empty((spec.scans, B, plan.H), dtype) if spec.cell == "lstm" else None
     c = np.empty((T, B, D * plan.H), dtype) if cell_states else None
-    y = _rows(x)
+    y = rows(x)
     for layer in range(spec.num_layers):
         layer_x, layer_c = y, c if layer == spec.num_layers - 1 else None
         y = plan.kept(reserve, "y", layer)
@@ -353,13 +342,13 @@ def backward(
     plan = _plan(spec, x, h0, c0, weights)
     call = _call(spec, plan, h0, c0, lengths, resets, reserve)
     _check_cotangents(spec, plan, dy, dh_n, dc_n, dc)
-    dh_n, dc_n, dc = _contiguous(dh_n), _contiguous(dc_n), _rows(dc)
+    dh_n, dc_n, dc = contiguous(dh_n), contiguous(dc_n), rows(dc)
     dh0 = np.empty((spec.scans, plan.B, plan.R), plan.dtype)
     dc0 = np.empty((spec.scans, plan.B, plan.H), plan.dtype) if spec.cell == "lstm" else None
     dweights: list = []
     for layer in reversed(range(spec.num_layers)):
         top = layer == spec.num_layers - 1
-        layer_x = _rows(x) if layer == 0 else plan.kept(reserve, "y", layer - 1)
+        layer_x = rows(x) if layer == 0 else plan.kept(reserve, "y", layer - 1)
         layer_y = y if top else plan.kept(reserve, "y", layer)
         first = layer * spec.directions
         scans = [
@@ -367,7 +356,7 @@ def backward(
             for d in range(spec.directions)
         ]
         for d, scan in enumerate(scans):
-            scan.dy = call.half(_rows(dy), d, plan.R)
+            scan.dy = call.half(rows(dy), d, plan.R)
             scan.dc = call.half(dc, d, plan.H) if top else None
             if layer > 0 or needs_x:
                 scan.dx = np.empty(layer_x.shape, plan.dtype)
@@ -390,7 +379,7 @@ def _backward_scan(call: _Call, index, x, y, weights, dlast, dfirst) -> Scan:
     scan = call.scan(index, x, y, dh_n, dc_n, None)
     return replace(
         scan,
-        weights=tuple([_contiguous(w) for w in call.spec.weights_of(weights, index)]),
+        weights=tuple([contiguous(w) for w in call.spec.weights_of(weights, index)]),
         dh0=dh0[index],
         dc0=None if dc0 is None else dc0[index],
     )

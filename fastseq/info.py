@@ -40,7 +40,7 @@ def _cpu_model() -> str:
 def collect() -> dict:
     """Everything `show_config` prints, as plain data."""
     level, reason = _dispatch.level()
-    lanes, real_bytes, pool = _dispatch.recurrent(np.dtype(np.float32)).description()
+    lanes, real_bytes, pool = _dispatch.kernels("recurrent", np.dtype(np.float32)).description()
     limits = _dispatch.thread_limits()
     threads = _dispatch.get_num_threads() if pool else 1
     binding = " and ".join(name for name, n in limits.items() if n == threads)

@@ -1,7 +1,8 @@
-"""What the recurrent kernels take: one `Scan` per direction of a layer, every array with its shape.
+"""What the kernels take, every array with its shape: a `Scan` per direction of a recurrent layer,
+an `Attention` per call.
 
 Arrays are NumPy arrays of the module's dtype. Nothing is checked here; the API's `_check` has done
-it. A kernel entry takes scans that do not depend on each other and runs them side by side.
+it. The recurrent entries take scans that do not depend on each other and run them side by side.
 """
 
 from __future__ import annotations
@@ -42,3 +43,43 @@ class Scan:
     dh0: Any = None  # (B, R)
     dc0: Any = None  # (B, H)
     dweights: tuple | None = None  # as weights, or None: not wanted
+
+
+CAUSAL = {False: 0, True: 1, "top_left": 1, "bottom_right": 2}
+NO_LIMIT = 2**40  # a side of a window that reaches past every key
+
+
+@dataclass(slots=True)
+class Attention:
+    """One call. q, k, v and what is of their shapes: any strides, consecutive elements last.
+
+    Packed rows stand as a batch of one, (1, heads, rows, ·), with q_first and k_first given.
+    """
+
+    sizes: tuple[int, int, int, int, int]  # B, NH, NK, D, DV
+    q: Any  # (B, NH, L, D)
+    k: Any  # (B, NK, S, D)
+    v: Any  # (B, NK, S, DV)
+    o: Any  # (B, NH, L, DV); forward writes, backward reads
+    lse: Any  # (B, NH, L)
+    q_lengths: Any  # (B,) int64
+    kv_lengths: Any  # (B,) int64
+    q_first: Any  # (B,) int64: where each sequence's packed rows start; None: padded
+    k_first: Any
+    causal: int  # of CAUSAL
+    left: int  # keys on each side of the diagonal, or NO_LIMIT
+    right: int
+    scale: float
+    softcap: float  # 0: none
+    alibi_slopes: Any  # (B, NH), any strides, or None
+    mask: Any  # (B, NH, L, S) bool, any strides, or None
+    bias: Any  # (B, NH, L, S), any strides, or None
+    seed: int
+    threshold: int  # of dropout: a pair is dropped if its 32 bits are below it
+    keep_scale: float
+    do: Any = None  # backward: as o
+    dlse: Any = None  # as lse, or None: zeros
+    dq: Any = None
+    dk: Any = None
+    dv: Any = None
+    dbias: Any = None  # (B, NH, L, S) of zeros, stride 0 where the bias is broadcast; or None

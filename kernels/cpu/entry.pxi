@@ -1,28 +1,5 @@
 # The Python entries: arrays to pointers, scratch, threads. One parallel region per call, without the GIL.
 
-cdef Gomp gomp = gomp_open()        # written at import only
-
-
-cdef struct View:
-    real *data
-    Py_ssize_t stride[3]            # in elements
-
-
-cdef View view(object array) except *:
-    """Address and leading strides of an array of up to three axes; None gives NULL."""
-    cdef Py_buffer buffer
-    cdef View v
-    cdef int i
-    memset(&v, 0, sizeof(View))
-    if array is not None:
-        PyObject_GetBuffer(array, &buffer, PyBUF_STRIDED_RO)
-        v.data = <real *>buffer.buf
-        for i in range(min(buffer.ndim, 3)):
-            v.stride[i] = buffer.strides[i] // buffer.itemsize
-        PyBuffer_Release(&buffer)   # the caller's reference keeps the memory alive
-    return v
-
-
 cdef Weights weights_of(object arrays) except *:
     cdef Weights w
     w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr = NULL, NULL, NULL, NULL, NULL
@@ -299,8 +276,3 @@ def fingerprint(list arrays):
                 h = hash_words(&rest, 1, h)
         PyBuffer_Release(&buffer)
     return h
-
-
-def description():
-    """(lanes, bytes of a real, whether a thread pool was found)."""
-    return VL, sizeof(real), gomp.parallel != NULL

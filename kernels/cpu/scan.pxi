@@ -126,13 +126,6 @@ cdef Part part_of(Job *job, Barrier *barrier, int rank, int size, Py_ssize_t l2_
     return p
 
 
-cdef void *take(char **arena, Py_ssize_t n_bytes) noexcept nogil:
-    """Cut n bytes, in whole cache lines, off an arena. With a NULL base it only counts."""
-    cdef char *at = arena[0]
-    arena[0] = at + ceil_div(n_bytes, 64) * 64
-    return at
-
-
 # ---- tiles: row[SLOT] is a table of row pointers, one per row of the step; NULL where the cell has no such slot
 
 cdef struct Rows:

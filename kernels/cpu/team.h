@@ -54,4 +54,9 @@ static inline void barrier_wait(Barrier *b, int size) {
     }
 }
 
+/* The counter's value before n was added: tasks are dealt out by it. */
+static inline int64_t fetch_add(int64_t *counter, int64_t n) {
+    return __atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
+}
+
 #endif

@@ -31,28 +31,32 @@ INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 
-/* init: NULL to add to c, else one row that every row of c starts from. */
-INLINE void tile_fixed(const int rows, const int nv, const real *const *a, intptr_t k0, intptr_t k1,
-                       const real *w, const real *init, real *const *c, intptr_t col) {
+/* a: row r is a[r][k], or if `turned` a[0][k * lda + r], so that a product with a transposed left side needs no
+ * copy. Step k of w is ldw reals after step k - 1. init: NULL to add to c, else one row that every row of c starts
+ * from. */
+INLINE void tile_fixed(const int rows, const int nv, const int turned, const real *const *a, intptr_t lda,
+                       intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, const real *init, real *const *c,
+                       intptr_t col) {
     const real *row[MAX_ROWS];
     UNROLL
     for (int r = 0; r < rows; r++)
-        row[r] = a[r];
+        row[r] = turned ? a[0] + k0 * lda + r : a[r];
     do {
         vec acc[MAX_ROWS][4] = {};
         intptr_t end = k1 - k0 < SUM_CHUNK ? k1 : k0 + SUM_CHUNK;
-        for (; k0 < end; k0++, w += nv * VL) {
+        for (; k0 < end; k0++, w += ldw) {
             vec wk[4];
             UNROLL
             for (int j = 0; j < nv; j++)
                 wk[j] = load(w + j * VL);
             UNROLL
             for (int r = 0; r < rows; r++) {
-                vec ark = broadcast(row[r][k0]);
+                vec ark = broadcast(turned ? row[0][r] : row[r][k0]);
                 UNROLL
                 for (int j = 0; j < nv; j++)
                     acc[r][j] += ark * wk[j];
             }
+            row[0] += turned ? lda : 0;
         }
         UNROLL
         for (int r = 0; r < rows; r++)
@@ -68,7 +72,7 @@ INLINE void tile_fixed(const int rows, const int nv, const real *const *a, intpt
     static __attribute__((noinline, unused)) void tile_##R##x##NV(                                                     \
         const real *const *a, intptr_t k0, intptr_t k1, const real *w, const real *init, real *const *c,               \
         intptr_t col) {                                                                                                \
-        tile_fixed(R, NV, a, k0, k1, w, init, c, col);                                                                 \
+        tile_fixed(R, NV, 0, a, 0, k0, k1, w, NV * VL, init, c, col);                                                  \
     }
 TILE(1, 3) TILE(2, 3) TILE(3, 3) TILE(4, 3) TILE(1, 4) TILE(2, 4) TILE(3, 4)
 #if VBYTES == 64

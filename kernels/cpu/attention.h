@@ -1,0 +1,459 @@
+/* attention.h: the vocabulary of the attention kernels: their register tiles, one row of scores, dropout's bits.
+ *
+ * A panel is PANEL neighbouring columns, [K][PANEL]; the last one of a matrix is as many whole vectors as are left, so
+ * that a matrix of N columns takes K * round_up(N) reals and panel p starts at p * PANEL * K.
+ *
+ * A row of scores is s[0 : n] for keys j0 : j0 + n; the pairs that may attend are in [lo, hi), and where the mask is
+ * nonzero. What a pair that may not attend holds, NaN included, reaches nothing.
+ */
+#ifndef FASTSEQ_ATTENTION_H
+#define FASTSEQ_ATTENTION_H
+
+#include "tile.h"
+#include <math.h>
+
+/* 6 x 2 vectors fill 12 of 16 registers and read 64 bytes of w for 12 FMAs; 6 x 4 fill 24 of 32. */
+enum { PANEL_VECTORS = VBYTES == 64 ? 4 : 2, PANEL = PANEL_VECTORS * VL, TILE_ROWS = 6 };
+
+INLINE intptr_t round_up(intptr_t n) { return (n + VL - 1) / VL * VL; }
+
+#define TILES(R, NV)                                                                                                   \
+    static __attribute__((noinline, unused)) void panel_##R##x##NV(                                                    \
+        const real *const *a, intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, const real *init,  \
+        real *const *c, intptr_t col) {                                                                                \
+        tile_fixed(R, NV, 0, a, lda, k0, k1, w, ldw, init, c, col);                                                    \
+    }                                                                                                                  \
+    static __attribute__((noinline, unused)) void turned_##R##x##NV(                                                   \
+        const real *const *a, intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, const real *init,  \
+        real *const *c, intptr_t col) {                                                                                \
+        tile_fixed(R, NV, 1, a, lda, k0, k1, w, ldw, init, c, col);                                                    \
+    }
+#define HEIGHTS(NV) TILES(1, NV) TILES(2, NV) TILES(3, NV) TILES(4, NV) TILES(5, NV) TILES(6, NV)
+HEIGHTS(1) HEIGHTS(2)
+#if VBYTES == 64
+HEIGHTS(3) HEIGHTS(4)
+#endif
+#undef HEIGHTS
+#undef TILES
+
+typedef void (*PanelFn)(const real *const *, intptr_t, intptr_t, intptr_t, const real *, intptr_t, const real *,
+                        real *const *, intptr_t);
+
+/* Rows of a (turned: columns, lda apart) times the panels of w that hold columns [n0, n1), for k in [k0, k1).
+ * w holds K steps of N columns. init: see tile_fixed; here one vector row for every panel. */
+static __attribute__((unused)) void panels(int rows, int turned, const real *const *a, intptr_t lda, intptr_t k0,
+                                           intptr_t k1, const real *w, intptr_t K, intptr_t N, intptr_t n0,
+                                           intptr_t n1, const real *init, real *const *c) {
+#define ROW_OF(KIND, NV) {0, KIND##_1x##NV, KIND##_2x##NV, KIND##_3x##NV, KIND##_4x##NV, KIND##_5x##NV, KIND##_6x##NV}
+    static const PanelFn fn[2][PANEL_VECTORS + 1][TILE_ROWS + 1] = {
+        {{0}, ROW_OF(panel, 1), ROW_OF(panel, 2),
+#if VBYTES == 64
+         ROW_OF(panel, 3), ROW_OF(panel, 4)
+#endif
+        },
+        {{0}, ROW_OF(turned, 1), ROW_OF(turned, 2),
+#if VBYTES == 64
+         ROW_OF(turned, 3), ROW_OF(turned, 4)
+#endif
+        }};
+#undef ROW_OF
+    for (intptr_t col = n0 / PANEL * PANEL; col < n1; col += PANEL) {
+        intptr_t width = round_up(N) - col < PANEL ? round_up(N) - col : PANEL;
+        fn[turned][width / VL][rows](a, lda, k0, k1, w + col * K + k0 * width, width, init, c, col);
+    }
+}
+
+/* The same where w holds NaN or infinity: what is multiplied by an exact zero is left out, as a pair that may not
+ * attend must be. */
+static __attribute__((unused)) void panels_sparse(int rows, int turned, const real *const *a, intptr_t lda, intptr_t k0,
+                                                  intptr_t k1, const real *w, intptr_t K, intptr_t N,
+                                                  real *const *c) {
+    for (int r = 0; r < rows; r++)
+        for (intptr_t k = k0; k < k1; k++) {
+            real ark = turned ? a[0][k * lda + r] : a[r][k];
+            if (ark == 0)
+                continue;
+            for (intptr_t col = 0; col < round_up(N); col += PANEL) {
+                intptr_t width = round_up(N) - col < PANEL ? round_up(N) - col : PANEL;
+                for (intptr_t j = 0; j < width; j++)
+                    c[r][col + j] += ark * w[col * K + k * width + j];
+            }
+        }
+}
+
+/* dst panels [K][N] of rows src + k * ld, times `scale`; K_all is how many steps the panels have room for. Returns
+ * whether everything is finite. */
+static __attribute__((unused)) int pack_panels(const real *src, intptr_t ld, intptr_t K, intptr_t N, real scale,
+                                               real *dst, intptr_t K_all) {
+    vec bad = {};
+    for (intptr_t col = 0; col < N; col += PANEL) {
+        intptr_t width = round_up(N) - col < PANEL ? round_up(N) - col : PANEL;
+        intptr_t valid = N - col < width ? N - col : width;
+        for (intptr_t k = 0; k < K; k++) {
+            real *to = dst + col * K_all + k * width;
+            if (valid == width)
+                memcpy(to, src + k * ld + col, width * sizeof(real));
+            else
+                copy_padded(to, src + k * ld + col, valid, width);
+            for (intptr_t j = 0; j < width; j += VL) {
+                vec v = load(to + j) * scale;
+                bad += v * 0;
+                store(to + j, v);
+            }
+        }
+    }
+    real sum = 0;
+    for (int l = 0; l < VL; l++)
+        sum += bad[l];
+    return sum == 0;
+}
+
+/* dst panels [D][keys] of the transposed rows src + j * ld. Columns past the last key are zeros. */
+static __attribute__((unused)) void pack_keys(const real *src, intptr_t ld, intptr_t keys, intptr_t D, real *dst) {
+    const real *row[VL];
+    for (intptr_t j = 0; j < keys; j += VL) {
+        intptr_t col = j / PANEL * PANEL, width = round_up(keys) - col < PANEL ? round_up(keys) - col : PANEL;
+        for (int l = 0; l < VL; l++)
+            row[l] = j + l < keys ? src + (j + l) * ld : 0;
+        pack_transposed(row, D, dst + col * D + (j - col), width);
+    }
+}
+
+/* ---- one row of scores */
+
+typedef struct {
+    real softcap;          /* 0: none */
+    real slope;            /* ALiBi: - slope * |j - center|; 0: none */
+    intptr_t center;
+    const real *bias;      /* of key j at bias[j * bias_j]; NULL: none */
+    intptr_t bias_j;
+    const uint8_t *mask;   /* nonzero: may attend; NULL: all may */
+    intptr_t mask_j;
+    uint64_t key;          /* of dropout's generator */
+    uint32_t threshold;    /* a pair is dropped if its bits are below; 0: no dropout */
+    real keep_scale;       /* 1 / (1 - p) */
+} RowOptions;
+
+#define NEGATIVE_INFINITY ((vec){} - (real)INFINITY)
+
+INLINE ivec lane_indices(void) {
+    ivec lane;
+    for (int l = 0; l < VL; l++)
+        lane[l] = l;
+    return lane;
+}
+
+INLINE ivec within(intptr_t j, intptr_t lo, intptr_t hi) {
+    ivec at = lane_indices() + (bits)j;
+    return (at >= (bits)lo) & (at < (bits)hi);
+}
+
+INLINE vec max_(vec a, vec b) {
+#if defined(__x86_64__)
+    return INTRINSIC(max)(a, b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+/* e^x for x <= 0; 0 below -EXP_MAX; NaN stays. Max error 1 ULP beside the reduction's. */
+INLINE vec exp_nonpositive(vec x) {
+    vec scale, p = expm1_reduced(max_(broadcast(-EXP_MAX), x), &scale);
+    return choose(x < -EXP_MAX, (vec){0}, p * scale + scale);
+}
+
+INLINE real sum_lanes(vec v) {
+    real s = v[0];
+    for (int l = 1; l < VL; l++)
+        s += v[l];
+    return s;
+}
+
+/* VL reals, or VL bytes widened, from memory with any stride and without reading past n. */
+INLINE vec load_strided(const real *p, intptr_t stride, intptr_t n) {
+    if (stride == 1 && n >= VL)
+        return load(p);
+    vec v = {};
+    for (int l = 0; l < VL && l < n; l++)
+        v[l] = p[l * stride];
+    return v;
+}
+
+INLINE ivec load_mask(const uint8_t *p, intptr_t stride, intptr_t n) {
+    ivec m = {};
+    if (stride == 1 && n >= VL) {
+        uint8_t b __attribute__((vector_size(VL)));
+        memcpy(&b, p, VL);
+        m = __builtin_convertvector(b, ivec);
+    } else
+        for (int l = 0; l < VL && l < n; l++)
+            m[l] = p[l * stride];
+    return m != 0;
+}
+
+/* Narrow [lo, hi) to the first and last key that the mask lets through; empty: hi = lo. */
+INLINE void narrow(const RowOptions *o, intptr_t *lo, intptr_t *hi) {
+    if (!o->mask)
+        return;
+    if (o->mask_j == 1 && *lo < *hi && !o->mask[*lo]) {
+        const uint8_t *first = memchr(o->mask + *lo, 1, *hi - *lo);
+        *lo = first ? first - o->mask : *hi;
+    } else
+        while (*lo < *hi && !o->mask[*lo * o->mask_j])
+            ++*lo;
+    while (*hi - 64 > *lo && o->mask_j == 1) {
+        uint64_t w[8], any = 0;
+        memcpy(w, o->mask + *hi - 64, 64);
+        for (int i = 0; i < 8; i++)
+            any |= w[i];
+        if (any)
+            break;
+        *hi -= 64;
+    }
+    while (*hi > *lo && !o->mask[(*hi - 1) * o->mask_j])
+        --*hi;
+}
+
+/* What is added to scores, then -inf where a pair may not attend, for keys lo : hi; s is key j0's place. Only whole
+ * vectors that hold a key of [lo, hi) are written. `factor`: NULL, or gets d score / d product of the softcap. Returns
+ * the largest score. */
+static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, intptr_t j0, intptr_t lo, intptr_t hi,
+                                                  real *factor) {
+    vec most = NEGATIVE_INFINITY;
+    int plain = o->softcap == 0 && o->slope == 0 && !o->bias && !o->mask;
+    for (intptr_t j = lo - (lo - j0) % VL; j < hi; j += VL) {
+        vec x = load(s + j - j0);
+        if (!plain) {
+            if (o->softcap != 0) {
+                vec t = tanh_(x / o->softcap);
+                x = t * o->softcap;
+                if (factor)
+                    store(factor + j - j0, 1 - t * t);
+            }
+            if (o->slope != 0) {
+                vec distance = __builtin_convertvector(lane_indices() + (bits)(j - o->center), vec);
+                x -= o->slope * choose(distance < 0, -distance, distance);
+            }
+            if (o->bias)
+                x += load_strided(o->bias + j * o->bias_j, o->bias_j, hi - j);
+            if (o->mask)
+                x = choose(load_mask(o->mask + j * o->mask_j, o->mask_j, hi - j), x, NEGATIVE_INFINITY);
+        }
+        if (j < lo || j + VL > hi)
+            x = choose(within(j, lo, hi), x, NEGATIVE_INFINITY);
+        if (!plain || j < lo || j + VL > hi)
+            store(s + j - j0, x);
+        most = max_(most, x);
+    }
+    real m = most[0];
+    for (int l = 1; l < VL; l++)
+        m = most[l] > m ? most[l] : m;
+    return m;
+}
+
+/* s = e^(s - m) for keys lo : hi, 0 in the rest of [z0, z1); m is finite. Returns the sum. */
+static __attribute__((unused)) real exponentials(real *s, intptr_t j0, intptr_t lo, intptr_t hi, intptr_t z0,
+                                                 intptr_t z1, real m) {
+    vec sum = {};
+    intptr_t first = lo - (lo - j0) % VL, j = first;
+    for (; j < hi; j += VL) {
+        vec p = exp_nonpositive(load(s + j - j0) - m);
+        store(s + j - j0, p);
+        sum += p;
+    }
+    for (intptr_t i = z0; i < first; i++)
+        s[i - j0] = 0;
+    for (; j < z1; j++)
+        s[j - j0] = 0;
+    return sum_lanes(sum);
+}
+
+/* ---- dropout: 32 bits for every (seed, batch, head, query, key), from counters alone */
+
+INLINE uint64_t splitmix64(uint64_t z) {
+    z += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+INLINE uint64_t dropout_key(uint64_t seed, uint64_t head, uint64_t query) {
+    return splitmix64(splitmix64(seed ^ splitmix64(head)) + query);
+}
+
+typedef uint32_t uvec __attribute__((vector_size(VL * 4)));
+
+INLINE uvec mix32(uvec x) {
+    x ^= x >> 16;
+    x *= 0x7FEB352Du;
+    x ^= x >> 15;
+    x *= 0x846CA68Bu;
+    return x ^ x >> 16;
+}
+
+/* s *= keep / (1 - p) for keys lo : hi, whole vectors. */
+static __attribute__((unused)) void drop(const RowOptions *o, real *s, intptr_t j0, intptr_t lo, intptr_t hi) {
+    uvec lane;
+    for (int l = 0; l < VL; l++)
+        lane[l] = l;
+    for (intptr_t j = lo - (lo - j0) % VL; j < hi; j += VL) {
+        uvec x = (lane + (uint32_t)j) * 0x9E3779B9u ^ (uint32_t)o->key;
+        x = mix32(mix32(x) ^ (uint32_t)(o->key >> 32));
+        typedef int32_t svec __attribute__((vector_size(VL * 4)));
+        ivec keep = __builtin_convertvector((svec)(x >= o->threshold), ivec);
+        store(s + j - j0, choose(keep, load(s + j - j0) * o->keep_scale, (vec){0}));
+    }
+}
+
+/* dS = P (dP - delta) for keys lo : hi, 0 in the rest of [z0, z1). */
+static __attribute__((unused)) void score_gradients(const real *p, real *dp, real delta, intptr_t j0, intptr_t lo,
+                                                    intptr_t hi, intptr_t z0, intptr_t z1) {
+    intptr_t first = lo - (lo - j0) % VL, j = first;
+    for (; j < hi; j += VL) {
+        vec pj = load(p + j - j0), ds = pj * (load(dp + j - j0) - delta);
+        store(dp + j - j0, choose(pj == 0, (vec){0}, ds));
+    }
+    for (intptr_t i = z0; i < first; i++)
+        dp[i - j0] = 0;
+    for (; j < z1; j++)
+        dp[j - j0] = 0;
+}
+
+/* a *= b, whole vectors that hold [0, n) */
+INLINE void multiply_row(real *a, const real *b, intptr_t n) {
+    for (intptr_t j = 0; j < n; j += VL)
+        store(a + j, choose(load(a + j) == 0, (vec){0}, load(a + j) * load(b + j)));
+}
+
+/* sum[j * stride] += row[j] */
+INLINE void add_strided(real *sum, intptr_t stride, const real *row, intptr_t n) {
+    for (intptr_t j = 0; j < n; j++)
+        sum[j * stride] += row[j];
+}
+
+INLINE void scale_row(real *c, intptr_t n, real by) {
+    for (intptr_t j = 0; j < n; j++)
+        c[j] *= by;
+}
+
+/* sum_d a[d] b[d], in VL chains */
+INLINE real dot(const real *a, const real *b, intptr_t n) {
+    vec sum = {};
+    real rest = 0;
+    intptr_t d = 0;
+    for (; d + VL <= n; d += VL)
+        sum += load(a + d) * load(b + d);
+    for (; d < n; d++)
+        rest += a[d] * b[d];
+    return sum_lanes(sum) + rest;
+}
+
+/* s[r][j] = q[r] . k_j for rows r and keys j of [0, n): k_j is k + j * ld. The keys are read once, and not packed. */
+INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intptr_t ld, intptr_t n, intptr_t D,
+                       real *const *s) {
+    for (intptr_t j = 0; j < n; j += VL) {
+        vec turned[TILE_ROWS][VL];
+        for (int l = 0; l < VL; l++) {
+            vec acc[TILE_ROWS] = {};
+            const real *kj = k + (j + l < n ? j + l : n - 1) * ld;
+            intptr_t d = 0;
+            for (; d + VL <= D; d += VL) {
+                vec kd = load(kj + d);
+                UNROLL
+                for (int r = 0; r < rows; r++)
+                    acc[r] += kd * load(q[r] + d);
+            }
+            if (d < D) {
+                vec kd = {};
+                memcpy(&kd, kj + d, (D - d) * sizeof(real));
+                UNROLL
+                for (int r = 0; r < rows; r++)
+                    acc[r] += kd * load(q[r] + d);
+            }
+            UNROLL
+            for (int r = 0; r < rows; r++)
+                turned[r][l] = acc[r];
+        }
+        for (int r = 0; r < rows; r++) {
+            transpose(turned[r]);
+            vec sum = turned[r][0];
+            for (int l = 1; l < VL; l++)
+                sum += turned[r][l];
+            store(s[r] + j, sum);
+        }
+    }
+}
+
+#define DOTS(R)                                                                                                        \
+    static __attribute__((noinline, unused)) void dots_##R(const real *const *q, const real *k, intptr_t ld,          \
+                                                           intptr_t n, intptr_t D, real *const *s) {                   \
+        dots_fixed(R, q, k, ld, n, D, s);                                                                              \
+    }
+DOTS(1) DOTS(2) DOTS(3) DOTS(4)
+#undef DOTS
+
+/* o[r][d] += sum_j p[r][j] v_j[d] for columns [d, d + nv VL), keys [0, n); v_j is v + j * ld. */
+#define WEIGH(R, NV)                                                                                                   \
+    static __attribute__((noinline, unused)) void weigh_##R##x##NV(const real *const *p, const real *v, intptr_t ld,  \
+                                                                   intptr_t n, real *const *o, intptr_t d) {           \
+        tile_fixed(R, NV, 0, p, 0, 0, n, v + d, ld, 0, o, d);                                                          \
+    }
+#define WIDTHS(R) WEIGH(R, 1) WEIGH(R, 2) WEIGH(R, 3) WEIGH(R, 4)
+WIDTHS(1) WIDTHS(2) WIDTHS(3) WIDTHS(4)
+#undef WIDTHS
+#undef WEIGH
+enum { DECODE_ROWS = 4, WEIGH_KEYS = 64 };
+
+typedef void (*DotsFn)(const real *const *, const real *, intptr_t, intptr_t, intptr_t, real *const *);
+typedef void (*WeighFn)(const real *const *, const real *, intptr_t, intptr_t, real *const *, intptr_t);
+
+INLINE void dots(intptr_t rows, const real *const *q, const real *k, intptr_t ld, intptr_t n, intptr_t D,
+                 real *const *s) {
+    static const DotsFn fn[] = {0, dots_1, dots_2, dots_3, dots_4};
+    fn[rows](q, k, ld, n, D, s);
+}
+
+/* o[r] += sum_j p[r][j] v_j for keys [0, n), a few at a time so that their rows stay in L1. */
+static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, const real *v, intptr_t ld, intptr_t n,
+                                          intptr_t DV, real *const *o) {
+#define WIDTHS(R) {0, weigh_##R##x1, weigh_##R##x2, weigh_##R##x3, weigh_##R##x4}
+    static const WeighFn fn[][5] = {{0}, WIDTHS(1), WIDTHS(2), WIDTHS(3), WIDTHS(4)};
+#undef WIDTHS
+    intptr_t most = VBYTES == 64 || rows < 4 ? 4 : 3;
+    const real *pj[DECODE_ROWS];
+    for (intptr_t j = 0; j < n; j += WEIGH_KEYS) {
+        intptr_t keys = n - j < WEIGH_KEYS ? n - j : WEIGH_KEYS, d = 0;
+        for (int r = 0; r < rows; r++)
+            pj[r] = p[r] + j;
+        while (d + VL <= DV) {
+            intptr_t nv = (DV - d) / VL < most ? (DV - d) / VL : most;
+            fn[rows][nv](pj, v + j * ld, ld, keys, o, d);
+            d += nv * VL;
+        }
+        for (; d < DV; d++)
+            for (int r = 0; r < rows; r++) {
+                real sum = 0;
+                for (intptr_t i = 0; i < keys; i++)
+                    sum += pj[r][i] * v[(j + i) * ld + d];
+                o[r][d] += sum;
+            }
+    }
+}
+
+/* The same for one row, leaving out what has weight zero: a value that may not be attended can hold NaN. */
+static __attribute__((unused)) void weigh_sparse(const real *p, const real *v, intptr_t ld, intptr_t n, intptr_t DV,
+                                                 real *o) {
+    memset(o, 0, DV * sizeof(real));
+    for (intptr_t j = 0; j < n; j++)
+        for (intptr_t d = 0; d < DV && p[j] != 0; d++)
+            o[d] += p[j] * v[j * ld + d];
+}
+
+INLINE int all_finite(const real *c, intptr_t n) {
+    real sum = 0;
+    for (intptr_t j = 0; j < n; j++)
+        sum += c[j] * 0;
+    return sum == 0;
+}
+
+#endif

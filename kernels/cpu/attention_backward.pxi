@@ -1,0 +1,306 @@
+# The backward pass. With P = e^(S - lse), delta = sum dO O - dlse, and K' = dropout's kept / (1 - p):
+#
+#   dV = (P K')' dO        dP = dO V'        dS = P (K' dP - delta)        dQ = scale dS K        dK = scale dS' Q
+#
+# S and dP are computed anew, tile by tile. A task is one slab of keys of one key/value head: it owns those rows of dK and
+# dV, and leaves its part of dQ, which are added in the order of the slabs. There are at most SLABS of them and they
+# depend on the number of keys alone, so neither threads nor the batch change a sum, and one head keeps SLABS threads busy.
+# Cost: 2 L S (3 D + 2 DV) FLOP a head, less what is skipped; SLABS times dQ's size.
+# Source: Dao, arXiv:2307.08691, with the split over keys made fixed.
+
+cdef enum:
+    SLABS = 4
+    SLAB_KEYS = 256                 # the least
+    BACK_ROWS = 64                  # queries of a block
+    BACK_KEYS = 128
+    BACK_ROW = BACK_KEYS + 16
+    SEGMENT = 2048                  # queries packed at once
+
+
+cdef struct Backward:               # one thread's
+    const Problem *p
+    real *dq_parts                  # all threads'
+    const int64_t *part_first       # (B,) where b's parts start: (slabs, NH, q_len, round_up(D))
+    real *dk                        # (keys of the slab, round_up(D))
+    real *dv                        # (keys of the slab, round_up(DV))
+    real *q_pack                    # panels of a segment, BACK_ROWS rows at a time; header: whether finite
+    real *do_pack
+    real *k_pack                    # K' panels [D][keys], scaled
+    real *v_pack                    # V' panels [DV][keys]
+    real *k_rows                    # panels [keys][D], scaled
+    bint k_finite
+    real *delta                     # SEGMENT
+    Limits *limit                   # SEGMENT
+    real *weights                   # (BACK_ROWS, BACK_ROW): P
+    real *ds                        # dP, then dS
+    real *factor                    # of the softcap
+    real *zero                      # PANEL
+    Limits at[BACK_ROWS]
+    RowOptions options[BACK_ROWS]
+
+
+cdef inline Py_ssize_t slab_keys(const Problem *p, Py_ssize_t b) noexcept nogil:
+    return max(<Py_ssize_t>SLAB_KEYS, ceil_div(ceil_div(p.kv_len[b], SLABS), BACK_KEYS) * BACK_KEYS)
+
+
+cdef inline Py_ssize_t slabs(const Problem *p, Py_ssize_t b) noexcept nogil:
+    return max(1, ceil_div(p.kv_len[b], slab_keys(p, b)))
+
+
+cdef inline real *dq_part(const Backward *g, Py_ssize_t b, Py_ssize_t slab, Py_ssize_t h, Py_ssize_t i) noexcept nogil:
+    cdef const Problem *p = g.p
+    return g.dq_parts + g.part_first[b] + ((slab * p.NH + h) * p.q_len[b] + i) * round_up(p.D)
+
+
+cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
+    cdef const Problem *p = g.p
+    cdef Py_ssize_t real_bytes = sizeof(real), D = round_up(p.D), DV = round_up(p.DV), keys = 0, rows, b
+    for b in range(p.B):
+        keys = max(keys, imin(slab_keys(p, b), p.kv_len[b]))
+    rows = ceil_div(imin(SEGMENT, most_of(p.q_len, p.B)), BACK_ROWS) * BACK_ROWS
+    g.dk = <real *>take(arena, keys * D * real_bytes)
+    g.dv = <real *>take(arena, keys * DV * real_bytes)
+    g.q_pack = <real *>take(arena, rows * (D + 1) * real_bytes)
+    g.do_pack = <real *>take(arena, rows * (DV + 1) * real_bytes)
+    g.k_pack = <real *>take(arena, BACK_KEYS * D * real_bytes)
+    g.v_pack = <real *>take(arena, BACK_KEYS * DV * real_bytes)
+    g.k_rows = <real *>take(arena, BACK_KEYS * D * real_bytes)
+    g.delta = <real *>take(arena, rows * real_bytes)
+    g.limit = <Limits *>take(arena, rows * sizeof(Limits))
+    g.weights = <real *>take(arena, BACK_ROWS * BACK_ROW * real_bytes)
+    g.ds = <real *>take(arena, BACK_ROWS * BACK_ROW * real_bytes)
+    g.factor = <real *>take(arena, (BACK_ROWS * BACK_ROW if p.softcap != 0 else 0) * real_bytes)
+    g.zero = <real *>take(arena, PANEL * real_bytes)
+
+
+cdef void pack_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t n) noexcept nogil:
+    """q and dO of queries i0 : i0 + n as panels, their delta and limits."""
+    cdef const Problem *p = g.p
+    cdef Py_ssize_t block, i, r, rows
+    cdef real *to
+    for block in range(ceil_div(n, BACK_ROWS)):
+        i = block * BACK_ROWS
+        rows = imin(BACK_ROWS, n - i)
+        to = g.q_pack + i * (round_up(p.D) + 1)
+        to[0] = pack_panels(of_query(p, &p.q, b, h, i0 + i), p.q.i, rows, p.D, p.scale, to + BACK_ROWS, rows)
+        to = g.do_pack + i * (round_up(p.DV) + 1)
+        to[0] = pack_panels(of_query(p, &p.d_o, b, h, i0 + i), p.d_o.i, rows, p.DV, 1, to + BACK_ROWS, rows)
+    for r in range(n):
+        g.delta[r] = dot(of_query(p, &p.d_o, b, h, i0 + r), of_query(p, &p.o, b, h, i0 + r), p.DV)
+        if p.dlse.data != NULL:
+            g.delta[r] -= of_query(p, &p.dlse, b, h, i0 + r)[0]
+        limits(p, b, i0 + r, &g.limit[r].lo, &g.limit[r].hi)
+
+
+cdef void pack_slab_block(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
+    cdef const Problem *p = g.p
+    pack_keys(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, g.k_pack)
+    scale_row(g.k_pack, p.D * round_up(n), p.scale)
+    pack_keys(of_key(p, &p.v, b, hk, j0), p.v.i, n, p.DV, g.v_pack)
+    g.k_finite = pack_panels(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, p.scale, g.k_rows, n)
+
+
+cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i, real delta, Py_ssize_t j0,
+                       Py_ssize_t n) noexcept nogil:
+    """One row's scores and dP to the dropped P and dS, zeros outside its keys."""
+    cdef const Problem *p = g.p
+    cdef const RowOptions *o = &g.options[r]
+    cdef const Limits *at = &g.at[r]
+    cdef real *w = g.weights + r * BACK_ROW
+    cdef real *ds = g.ds + r * BACK_ROW
+    cdef real *factor = g.factor + r * BACK_ROW if p.softcap != 0 else NULL
+    cdef real lse = of_query(p, &p.lse, b, h, i)[0]
+    cdef View *db = <View *>&p.dbias
+    if at.lo >= at.hi or lse == -INFINITY:
+        memset(w, 0, n * sizeof(real))
+        memset(ds, 0, n * sizeof(real))
+        return
+    finish_scores(o, w, j0, at.lo, at.hi, factor)
+    exponentials(w, j0, at.lo, at.hi, j0, j0 + n, lse)
+    if o.threshold:
+        drop(o, ds, j0, at.lo, at.hi)
+    score_gradients(w, ds, delta, j0, at.lo, at.hi, j0, j0 + n)
+    if db.data != NULL:
+        add_strided(db.data + b * db.stride[0] + h * db.stride[1] + i * db.stride[2] + at.lo * db.stride[3],
+                    db.stride[3], ds + (at.lo - j0), at.hi - at.lo)
+    if factor != NULL:
+        multiply_row(ds, factor, n)
+    if o.threshold:
+        drop(o, w, j0, at.lo, at.hi)
+
+
+cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t first, int rows,
+                        Py_ssize_t segment, Py_ssize_t slab, Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
+    """P, dS and dQ of rows first : first + rows of the block at query i0; `segment` is the block's place in it."""
+    cdef const Problem *p = g.p
+    cdef const real *q[TILE_ROWS]
+    cdef const real *d_o[TILE_ROWS]
+    cdef real *w[TILE_ROWS]
+    cdef real *ds[TILE_ROWS]
+    cdef real *dq[TILE_ROWS]
+    cdef Limits tile
+    cdef int r
+    cdef Py_ssize_t i
+    tile.lo, tile.hi = j0 + n, j0
+    for r in range(rows):
+        i = i0 + first + r
+        row_options(p, b, h, i, &g.options[first + r])
+        if clip(&g.options[first + r], g.limit[segment + first + r].lo, g.limit[segment + first + r].hi, j0, j0 + n,
+                &g.at[first + r]):
+            tile.lo, tile.hi = imin(tile.lo, g.at[first + r].lo), max(tile.hi, g.at[first + r].hi)
+        q[r], d_o[r] = of_query(p, &p.q, b, h, i), of_query(p, &p.d_o, b, h, i)
+        w[r], ds[r] = g.weights + (first + r) * BACK_ROW, g.ds + (first + r) * BACK_ROW
+        dq[r] = dq_part(g, b, slab, h, i)
+    if tile.lo < tile.hi:
+        panels(rows, 0, q, 0, 0, p.D, g.k_pack, p.D, n, tile.lo - j0, tile.hi - j0, g.zero, w)
+        panels(rows, 0, d_o, 0, 0, p.DV, g.v_pack, p.DV, n, tile.lo - j0, tile.hi - j0, g.zero, ds)
+    for r in range(rows):
+        gradient_row(g, first + r, b, h, i0 + first + r, g.delta[segment + first + r], j0, n)
+    if tile.lo >= tile.hi:
+        return
+    if g.k_finite:
+        panels(rows, 0, <const real **>ds, 0, tile.lo - j0, tile.hi - j0, g.k_rows, n, p.D, 0, p.D, NULL, dq)
+    else:
+        panels_sparse(rows, 0, <const real **>ds, 0, tile.lo - j0, tile.hi - j0, g.k_rows, n, p.D, dq)
+
+
+cdef void key_gradients(Backward *g, Py_ssize_t rows, Py_ssize_t segment, Py_ssize_t slab_key, Py_ssize_t j0,
+                        Py_ssize_t n) noexcept nogil:
+    """dV += P' dO and dK += dS' Q for the block of keys j0 : j0 + n, which starts at `slab_key` in the slab."""
+    cdef const Problem *p = g.p
+    cdef Py_ssize_t D = round_up(p.D), DV = round_up(p.DV), j = 0, keys, left = ceil_div(n, TILE_ROWS), r, first, end
+    cdef const real *q = g.q_pack + segment * (D + 1)
+    cdef const real *d_o = g.do_pack + segment * (DV + 1)
+    cdef const real *w
+    cdef const real *ds
+    cdef real *dk[TILE_ROWS]
+    cdef real *dv[TILE_ROWS]
+    while left > 0:
+        keys = ceil_div(n - j, left)
+        first, end = rows, 0        # the rows that attend a key of the tile
+        for r in range(rows):
+            if g.at[r].lo < imin(g.at[r].hi, j0 + j + keys) and g.at[r].hi > j0 + j:
+                first, end = imin(first, r), r + 1
+        for r in range(keys):
+            dk[r], dv[r] = g.dk + (slab_key + j + r) * D, g.dv + (slab_key + j + r) * DV
+        w, ds = g.weights + j, g.ds + j
+        if first < end:
+            if d_o[0] != 0:
+                panels(<int>keys, 1, &w, BACK_ROW, first, end, d_o + BACK_ROWS, rows, p.DV, 0, p.DV, NULL, dv)
+            else:
+                panels_sparse(<int>keys, 1, &w, BACK_ROW, first, end, d_o + BACK_ROWS, rows, p.DV, dv)
+            if q[0] != 0:
+                panels(<int>keys, 1, &ds, BACK_ROW, first, end, q + BACK_ROWS, rows, p.D, 0, p.D, NULL, dk)
+            else:
+                panels_sparse(<int>keys, 1, &ds, BACK_ROW, first, end, q + BACK_ROWS, rows, p.D, dk)
+        j += keys
+        left -= 1
+
+
+cdef bint meets(const Backward *g, Py_ssize_t segment, Py_ssize_t rows, Py_ssize_t j0, Py_ssize_t j1) noexcept nogil:
+    """Whether a row of the block attends a key of j0 : j1, as far as limits tell."""
+    cdef Py_ssize_t r
+    for r in range(segment, segment + rows):
+        if max(g.limit[r].lo, j0) < imin(g.limit[r].hi, j1):
+            return True
+    return False
+
+
+cdef void gradient_block(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t rows, Py_ssize_t segment,
+                         Py_ssize_t slab, Py_ssize_t slab_key, Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
+    """Queries i0 : i0 + rows of head h against keys j0 : j0 + n."""
+    cdef Py_ssize_t r = 0, height, left = ceil_div(rows, TILE_ROWS)
+    if not meets(g, segment, rows, j0, j0 + n):
+        return
+    while left > 0:
+        height = ceil_div(rows - r, left)
+        gradient_tile(g, b, h, i0, r, <int>height, segment, slab, j0, n)
+        r += height
+        left -= 1
+    key_gradients(g, rows, segment, slab_key, j0, n)
+
+
+cdef void backward_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t n, Py_ssize_t slab,
+                           Py_ssize_t k0, Py_ssize_t k1) noexcept nogil:
+    """Queries i0 : i0 + n of head h against the slab's keys k0 : k1."""
+    cdef Py_ssize_t j0 = k0, keys, i
+    pack_segment(g, b, h, i0, n)
+    while j0 < k1:
+        keys, i = imin(BACK_KEYS, k1 - j0), 0
+        pack_slab_block(g, b, h // g.p.group, j0, keys)
+        while i < n:
+            gradient_block(g, b, h, i0 + i, imin(BACK_ROWS, n - i), i, slab, j0 - k0, j0, keys)
+            i += BACK_ROWS
+        j0 += keys
+
+
+cdef void backward_slab(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t slab) noexcept nogil:
+    cdef const Problem *p = g.p
+    cdef Py_ssize_t k0 = slab * slab_keys(p, b), k1 = imin(k0 + slab_keys(p, b), p.kv_len[b]), L = p.q_len[b]
+    cdef Py_ssize_t D = round_up(p.D), DV = round_up(p.DV), h, segment, j
+    memset(g.dk, 0, (k1 - k0) * D * sizeof(real))
+    memset(g.dv, 0, (k1 - k0) * DV * sizeof(real))
+    for h in range(hk * p.group, (hk + 1) * p.group):
+        memset(dq_part(g, b, slab, h, 0), 0, L * D * sizeof(real))
+        for segment in range(ceil_div(L, SEGMENT)):
+            backward_segment(g, b, h, segment * SEGMENT, imin(SEGMENT, L - segment * SEGMENT), slab, k0, k1)
+    for j in range(k0, k1):
+        memcpy(of_key(p, &p.dk, b, hk, j), g.dk + (j - k0) * D, p.D * sizeof(real))
+        memcpy(of_key(p, &p.dv, b, hk, j), g.dv + (j - k0) * DV, p.DV * sizeof(real))
+
+
+cdef void join_slabs(const Backward *g, Py_ssize_t b, Py_ssize_t h) noexcept nogil:
+    """dQ of one head: its parts in the order of the slabs."""
+    cdef const Problem *p = g.p
+    cdef Py_ssize_t i, slab
+    cdef real *dq
+    for i in range(p.q_len[b]):
+        dq = of_query(p, &p.dq, b, h, i)
+        memcpy(dq, dq_part(g, b, 0, h, i), p.D * sizeof(real))
+        for slab in range(1, slabs(p, b)):
+            add_row(dq, dq_part(g, b, slab, h, i), p.D)
+
+
+cdef struct Split:                  # what a task spans: bias gradients that several would add to are one task's
+    Py_ssize_t batches, heads, slabs
+
+
+cdef Split split_of(const Problem *p) noexcept nogil:
+    """Tasks are slabs x batches x heads of the split; each runs what the split leaves out, in ascending order."""
+    cdef Split s
+    cdef const View *d = &p.dbias
+    s.batches, s.heads, s.slabs = p.B, p.NK, SLABS
+    if d.data != NULL:
+        if d.stride[0] == 0:
+            s.batches = 1
+        if d.stride[1] == 0:
+            s.heads = 1
+        if d.stride[3] == 0:
+            s.slabs = 1
+    return s
+
+
+cdef void backward_all(Backward *g, Barrier *barrier, int rank, int size, int64_t *counter) noexcept nogil:
+    """A slab of all heads before the next one: under a causal mask the first slab is the longest."""
+    cdef const Problem *p = g.p
+    cdef Split s = split_of(p)
+    cdef Py_ssize_t b, hk, slab, b0, h0, s0, n
+    cdef int64_t task = next_task(counter)
+    while task < s.batches * s.heads * s.slabs:
+        s0, b0, h0 = task // (s.batches * s.heads), task // s.heads % s.batches, task % s.heads
+        b = b0
+        while b < p.B:
+            hk = h0
+            while hk < p.NK:
+                slab = s0
+                while slab < slabs(p, b):
+                    backward_slab(g, b, hk, slab)
+                    slab += s.slabs
+                hk += s.heads
+            b += s.batches
+        task = next_task(counter)
+    barrier_wait(barrier, size)
+    n = rank
+    while n < p.B * p.NH:
+        join_slabs(g, n // p.NH, n % p.NH)
+        n += size

@@ -1,0 +1,176 @@
+# The Python entries: arrays to pointers, scratch, threads. One parallel region per call, without the GIL.
+
+cdef enum:
+    SMALL_WORK = 200000             # FLOP of a call that one thread does before a second one wakes
+
+
+cdef Heads heads_of(object array, bint packed) except *:
+    """(B, heads, positions, columns) with consecutive columns; a sequence of packed rows starts at its first row."""
+    cdef Heads x
+    cdef View v = view(array)
+    x.data, x.b, x.h, x.i = v.data, 0 if packed else v.stride[0], v.stride[1], v.stride[2]
+    return x
+
+
+cdef Problem problem_of(object a) except *:
+    cdef Problem p
+    memset(&p, 0, sizeof(Problem))
+    p.B, p.NH, p.NK, p.D, p.DV = a.sizes
+    p.group = p.NH // p.NK
+    p.q_len, p.kv_len = <int64_t *>view(a.q_lengths).data, <int64_t *>view(a.kv_lengths).data
+    p.q_first, p.k_first = <int64_t *>view(a.q_first).data, <int64_t *>view(a.k_first).data
+    p.causal, p.left, p.right, p.scale, p.softcap = a.causal, a.left, a.right, a.scale, a.softcap
+    p.slopes, p.mask, p.bias = view(a.alibi_slopes), view(a.mask), view(a.bias)
+    p.seed, p.threshold, p.keep_scale = a.seed, a.threshold, a.keep_scale
+    cdef bint packed = a.q_first is not None
+    p.q, p.k, p.v = heads_of(a.q, packed), heads_of(a.k, packed), heads_of(a.v, packed)
+    p.o, p.lse = heads_of(a.o, packed), heads_of(a.lse, packed)
+    p.d_o, p.dlse = heads_of(a.do, packed), heads_of(a.dlse, packed)
+    p.dq, p.dk, p.dv, p.dbias = heads_of(a.dq, packed), heads_of(a.dk, packed), heads_of(a.dv, packed), view(a.dbias)
+    return p
+
+
+cdef struct Call:
+    Problem p
+    bint backward, failed           # some thread got no memory
+    Barrier *barrier
+    int64_t *counters               # decoding, then one per wave; or one
+    real *packed                    # a wave's keys and values, or NULL: every thread packs its own heads
+    real *parts                     # of decoding, or of dQ
+    int64_t *part_first
+
+
+cdef void run_forward(Call *call, int rank, int size) noexcept nogil:
+    cdef Forward f
+    cdef Decode d
+    cdef char *arena = NULL
+    cdef char *at
+    cdef Py_ssize_t own = 0, b
+    memset(&f, 0, sizeof(Forward))
+    memset(&d, 0, sizeof(Decode))
+    f.p = d.p = &call.p
+    f.barrier, f.rank, f.size = call.barrier, rank, size
+    d.parts = call.parts
+    decode_sizes(&d)
+    forward_layout(&f, &arena)
+    decode_layout(&d, &arena)
+    if call.packed == NULL:
+        for b in range(call.p.B):
+            own = max(own, key_blocks(&call.p, b) * f.block_reals)
+    take(&arena, own * sizeof(real))
+    if posix_memalign(<void **>&at, 64, <size_t>arena):
+        call.failed, at = True, NULL
+    barrier_wait(call.barrier, size)
+    if not call.failed:
+        arena = at
+        forward_layout(&f, &arena)
+        decode_layout(&d, &arena)
+        f.pack = <real *>arena
+        memset(f.zero, 0, PANEL * sizeof(real))
+        decode_all(&d, call.barrier, rank, size, call.counters)
+        forward_all(&f, call.packed, call.counters + 1)
+    free(at)
+
+
+cdef void run_backward(Call *call, int rank, int size) noexcept nogil:
+    cdef Backward g
+    cdef char *arena = NULL
+    cdef char *at
+    memset(&g, 0, sizeof(Backward))
+    g.p, g.dq_parts, g.part_first = &call.p, call.parts, call.part_first
+    backward_layout(&g, &arena)
+    if posix_memalign(<void **>&at, 64, <size_t>arena):
+        call.failed, at = True, NULL
+    barrier_wait(call.barrier, size)
+    if not call.failed:
+        arena = at
+        backward_layout(&g, &arena)
+        memset(g.zero, 0, PANEL * sizeof(real))
+        backward_all(&g, call.barrier, rank, size, call.counters)
+    free(at)
+
+
+cdef void run_member(Call *call, int rank, int size) noexcept nogil:
+    if call.backward:
+        run_backward(call, rank, size)
+    else:
+        run_forward(call, rank, size)
+
+
+cdef void team_member(void *call) noexcept nogil:
+    run_member(<Call *>call, gomp.rank(), gomp.size())
+
+
+cdef int useful_threads(const Problem *p, int threads) noexcept nogil:
+    """One where the work is done before a second thread wakes."""
+    cdef double flop = 0
+    cdef Py_ssize_t b
+    for b in range(p.B):
+        flop += 2.0 * p.NH * p.q_len[b] * p.kv_len[b] * (p.D + p.DV)
+    return threads if flop >= SMALL_WORK else 1
+
+
+cdef bint allocate(Call *call, int threads) noexcept nogil:
+    """Everything that threads share; False without memory."""
+    cdef const Problem *p = &call.p
+    cdef Forward f
+    cdef Decode d
+    cdef char *none = NULL
+    cdef Py_ssize_t reals = 0, b, waves = p.B * p.NK
+    if posix_memalign(<void **>&call.barrier, 64, 128 + (waves + 2) * sizeof(int64_t)):
+        return False
+    memset(call.barrier, 0, 128 + (waves + 2) * sizeof(int64_t))
+    call.counters = <int64_t *>(<char *>call.barrier + 128)
+    if call.backward:
+        if posix_memalign(<void **>&call.part_first, 64, (p.B + 1) * sizeof(int64_t)):
+            return False
+        for b in range(p.B):
+            call.part_first[b] = reals
+            reals += slabs(p, b) * p.NH * p.q_len[b] * round_up(p.D)
+        return posix_memalign(<void **>&call.parts, 64, max(reals, 1) * sizeof(real)) == 0
+    memset(&f, 0, sizeof(Forward))
+    f.p = d.p = p
+    forward_layout(&f, &none)
+    decode_sizes(&d)
+    reals = p.B * p.NK * d.chunks * MOST_DECODE_ROWS * d.part_row
+    if posix_memalign(<void **>&call.parts, 64, max(reals, 1) * sizeof(real)):
+        return False
+    if whole_heads(p, threads):
+        return True
+    reals = wave_reals(p, f.block_reals)
+    return posix_memalign(<void **>&call.packed, 64, max(reals, 1) * sizeof(real)) == 0
+
+
+cdef int run(object arrays, int threads, bint backward) except -1:
+    cdef Call call
+    cdef bint failed
+    memset(&call, 0, sizeof(Call))
+    call.p, call.backward = problem_of(arrays), backward
+    if call.p.B == 0 or call.p.NH == 0:
+        return 0
+    with nogil:
+        threads = useful_threads(&call.p, threads) if gomp.parallel != NULL else 1
+        failed = not allocate(&call, threads)
+        if not failed:
+            if threads == 1:
+                run_member(&call, 0, 1)
+            else:
+                gomp.parallel(team_member, &call, threads, 0)
+        failed = failed or call.failed
+        free(call.barrier)
+        free(call.packed)
+        free(call.parts)
+        free(call.part_first)
+    if failed:
+        raise MemoryError("fastseq: no memory for attention's scratch")
+    return 0
+
+
+def forward(arrays, int threads):
+    """Fill o and lse of a `contract.Attention`. `threads` is the most to use."""
+    run(arrays, threads, False)
+
+
+def backward(arrays, int threads):
+    """Fill dq, dk and dv, and add to dbias, from o, lse, do and dlse."""
+    run(arrays, threads, True)

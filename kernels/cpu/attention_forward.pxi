@@ -1,0 +1,241 @@
+# The forward pass, for blocks of queries:
+#
+#   s = scale q K'       m, l = running maximum and sum of e^(s - m)       o = sum e^(s - m) v / l       lse = m + log l
+#
+# Keys and values are packed once per head, in blocks of KEY_BLOCK; a tile of 6 rows goes from scores to weighted values
+# while they are in L1. Only panels that hold a key which some row of the tile may attend are computed.
+# Cost: 2 L S (D + DV) FLOP a head, less what is skipped; S (D + DV) reals of packed keys and values a head at hand.
+# Source: Milakov & Gimelshein, arXiv:1805.02867; Rabe & Staats, arXiv:2112.05682; Dao, arXiv:2307.08691.
+
+cdef enum:
+    QUERY_ROWS = 48
+    KEY_BLOCK = 256
+    SCORE_ROW = KEY_BLOCK + 16      # off powers of two
+    PACK_BYTES = 8388608            # heads are packed together up to this size
+    FEW_BLOCKS = 4                  # a head of so few blocks is one task, and packed by the thread that runs it
+
+
+cdef struct Forward:                # one thread's
+    const Problem *p
+    Barrier *barrier
+    int rank, size
+    Py_ssize_t header, block_reals  # of a packed key block
+    real *pack                      # the thread's own head
+    real *q                         # (QUERY_ROWS, D), scaled
+    real *acc                       # (QUERY_ROWS, round_up(DV))
+    real *s                         # (TILE_ROWS, SCORE_ROW)
+    real *zero                      # PANEL
+    real m[QUERY_ROWS]
+    real l[QUERY_ROWS]
+    Limits row[QUERY_ROWS]
+    RowOptions options[QUERY_ROWS]
+
+
+cdef void forward_layout(Forward *f, char **arena) noexcept nogil:
+    cdef const Problem *p = f.p
+    cdef Py_ssize_t real_bytes = sizeof(real)
+    f.header = 64 // real_bytes
+    f.block_reals = f.header + KEY_BLOCK * (p.D + round_up(p.DV))
+    f.q = <real *>take(arena, QUERY_ROWS * p.D * real_bytes)
+    f.acc = <real *>take(arena, QUERY_ROWS * round_up(p.DV) * real_bytes)
+    f.s = <real *>take(arena, TILE_ROWS * SCORE_ROW * real_bytes)
+    f.zero = <real *>take(arena, PANEL * real_bytes)
+
+
+cdef inline Py_ssize_t key_blocks(const Problem *p, Py_ssize_t b) noexcept nogil:
+    """Packed blocks of one head; decoding packs none."""
+    return 0 if is_decode(p, b) else ceil_div(p.kv_len[b], KEY_BLOCK)
+
+
+cdef void pack_block(const Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t block, real *to) noexcept nogil:
+    """header: whether V is finite | K' panels [D][keys] | V panels [keys][DV]"""
+    cdef const Problem *p = f.p
+    cdef Py_ssize_t j0 = block * KEY_BLOCK, n = imin(KEY_BLOCK, p.kv_len[b] - j0)
+    pack_keys(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, to + f.header)
+    to[0] = pack_panels(of_key(p, &p.v, b, hk, j0), p.v.i, n, p.DV, 1, to + f.header + KEY_BLOCK * p.D, n)
+
+
+cdef void start_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0, Py_ssize_t n) noexcept nogil:
+    cdef const Problem *p = f.p
+    cdef Py_ssize_t r, d, i, h
+    cdef const real *q
+    for r in range(n):
+        i, h = (r0 + r) // p.group, hk * p.group + (r0 + r) % p.group
+        q = of_query(p, &p.q, b, h, i)
+        for d in range(p.D):
+            f.q[r * p.D + d] = q[d] * p.scale
+        f.m[r], f.l[r] = -INFINITY, 0
+        limits(p, b, i, &f.row[r].lo, &f.row[r].hi)
+        row_options(p, b, h, i, &f.options[r])
+    memset(f.acc, 0, n * round_up(p.DV) * sizeof(real))
+
+
+cdef void softmax_row(Forward *f, Py_ssize_t r, real *s, Py_ssize_t j0, const Limits *at, const Limits *tile,
+                      real *acc) noexcept nogil:
+    """Scores to weights of the running softmax; what was summed before shrinks where the maximum rose."""
+    cdef const RowOptions *o = &f.options[r]
+    cdef real m = -INFINITY, shrink
+    if at.lo < at.hi:
+        m = finish_scores(o, s, j0, at.lo, at.hi, NULL)
+    if m == -INFINITY:
+        memset(s + (tile.lo - j0), 0, (tile.hi - tile.lo) * sizeof(real))
+        return
+    if not m <= f.m[r]:             # NaN becomes the maximum and stays
+        if f.l[r] != 0:
+            shrink = <real>exp(f.m[r] - m)
+            f.l[r] *= shrink
+            scale_row(acc, round_up(f.p.DV), shrink)
+        f.m[r] = m
+    f.l[r] += exponentials(s, j0, at.lo, at.hi, tile.lo, tile.hi, f.m[r])
+    if o.threshold:
+        drop(o, s, j0, at.lo, at.hi)
+
+
+cdef void forward_tile(Forward *f, Py_ssize_t first, int rows, Py_ssize_t j0, Py_ssize_t n,
+                       const real *packed) noexcept nogil:
+    """Rows first : first + rows against one packed block of n keys."""
+    cdef const Problem *p = f.p
+    cdef Limits at[TILE_ROWS]
+    cdef Limits tile
+    cdef const real *q[TILE_ROWS]
+    cdef real *s[TILE_ROWS]
+    cdef real *acc[TILE_ROWS]
+    cdef const real *values = packed + f.header + KEY_BLOCK * p.D
+    cdef int r
+    tile.lo, tile.hi = j0 + n, j0
+    for r in range(rows):
+        if clip(&f.options[first + r], f.row[first + r].lo, f.row[first + r].hi, j0, j0 + n, &at[r]):
+            tile.lo, tile.hi = imin(tile.lo, at[r].lo), max(tile.hi, at[r].hi)
+        q[r] = f.q + (first + r) * p.D
+        s[r] = f.s + r * SCORE_ROW
+        acc[r] = f.acc + (first + r) * round_up(p.DV)
+    if tile.lo >= tile.hi:
+        return
+    panels(rows, 0, q, 0, 0, p.D, packed + f.header, p.D, n, tile.lo - j0, tile.hi - j0, f.zero, s)
+    for r in range(rows):
+        softmax_row(f, first + r, s[r], j0, &at[r], &tile, acc[r])
+    if packed[0] != 0:
+        panels(rows, 0, <const real **>s, 0, tile.lo - j0, tile.hi - j0, values, n, p.DV, 0, p.DV, NULL, acc)
+    else:
+        panels_sparse(rows, 0, <const real **>s, 0, tile.lo - j0, tile.hi - j0, values, n, p.DV, acc)
+
+
+cdef void finish_row(const Problem *p, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i, const real *acc, real m,
+                     real l) noexcept nogil:
+    """o = acc / l, lse = m + log l; 0 and -inf where no key was attended."""
+    cdef real *o = of_query(p, &p.o, b, h, i)
+    cdef real by = 0 if l == 0 else 1 / l
+    cdef Py_ssize_t d
+    for d in range(p.DV):
+        o[d] = acc[d] * by
+    of_query(p, &p.lse, b, h, i)[0] = -INFINITY if l == 0 else <real>(m + log(l))
+
+
+cdef void forward_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0, const real *packed) noexcept nogil:
+    cdef const Problem *p = f.p
+    cdef Py_ssize_t n = imin(QUERY_ROWS, p.q_len[b] * p.group - r0), tiles = ceil_div(n, TILE_ROWS), left, r, rows
+    cdef Py_ssize_t block, first = p.kv_len[b], end = 0, j0
+    start_block(f, b, hk, r0, n)
+    for r in range(n):
+        if f.row[r].lo < f.row[r].hi:
+            first, end = imin(first, f.row[r].lo), max(end, f.row[r].hi)
+    for block in range(first // KEY_BLOCK, ceil_div(end, KEY_BLOCK)):
+        j0, r, left = block * KEY_BLOCK, 0, tiles
+        while left > 0:             # tiles of equal height
+            rows = ceil_div(n - r, left)
+            forward_tile(f, r, <int>rows, j0, imin(KEY_BLOCK, p.kv_len[b] - j0), packed + block * f.block_reals)
+            r += rows
+            left -= 1
+    for r in range(n):
+        finish_row(p, b, hk * p.group + (r0 + r) % p.group, (r0 + r) // p.group,
+                   f.acc + r * round_up(p.DV), f.m[r], f.l[r])
+
+
+# ---- who does what: heads in waves whose packed keys and values fit PACK_BYTES
+
+cdef inline Py_ssize_t query_blocks(const Problem *p, Py_ssize_t b) noexcept nogil:
+    """Blocks of one head; 0 where decode has done it."""
+    return 0 if is_decode(p, b) else ceil_div(p.q_len[b] * p.group, QUERY_ROWS)
+
+
+cdef void forward_wave(Forward *f, Py_ssize_t n0, Py_ssize_t n1, real *packed, int64_t *counter) noexcept nogil:
+    """Heads n0 : n1 (n = b * NK + hk): all threads pack, then take blocks of queries, a head's longest first."""
+    cdef const Problem *p = f.p
+    cdef Py_ssize_t n, b, block, items = 0, blocks
+    cdef real *at = packed
+    cdef int64_t task, done = 0
+    for n in range(n0, n1):
+        b = n // p.NK
+        for block in range(key_blocks(p, b)):
+            if items % f.size == f.rank:
+                pack_block(f, b, n % p.NK, block, at + block * f.block_reals)
+            items += 1
+        at += key_blocks(p, b) * f.block_reals
+    barrier_wait(f.barrier, f.size)
+    task = next_task(counter)
+    at = packed
+    for n in range(n0, n1):
+        b = n // p.NK
+        blocks = query_blocks(p, b)
+        while task < done + blocks:
+            forward_block(f, b, n % p.NK, (done + blocks - 1 - task) * QUERY_ROWS, at)
+            task = next_task(counter)
+        done += blocks
+        at += key_blocks(p, b) * f.block_reals
+    barrier_wait(f.barrier, f.size)
+
+
+cdef Py_ssize_t wave_end(const Problem *p, Py_ssize_t n0, Py_ssize_t block_reals) noexcept nogil:
+    """Heads n0 : end fit PACK_BYTES together, or end = n0 + 1."""
+    cdef Py_ssize_t n = n0, reals = 0
+    while n < p.B * p.NK:
+        reals += key_blocks(p, n // p.NK) * block_reals
+        if n > n0 and reals * <Py_ssize_t>sizeof(real) > PACK_BYTES:
+            break
+        n += 1
+    return n
+
+
+cdef Py_ssize_t wave_reals(const Problem *p, Py_ssize_t block_reals) noexcept nogil:
+    """The largest wave's packed reals."""
+    cdef Py_ssize_t n0 = 0, n, most = 0, reals
+    while n0 < p.B * p.NK:
+        reals = 0
+        for n in range(n0, wave_end(p, n0, block_reals)):
+            reals += key_blocks(p, n // p.NK) * block_reals
+        most = max(most, reals)
+        n0 = wave_end(p, n0, block_reals)
+    return most
+
+
+cdef bint whole_heads(const Problem *p, int threads) noexcept nogil:
+    """Whether a task is a head: many heads of few blocks, where a barrier and cold packs would cost."""
+    cdef Py_ssize_t rows = most_of(p.q_len, p.B) * p.group
+    return rows <= FEW_BLOCKS * QUERY_ROWS and p.B * p.NK >= 4 * threads
+
+
+cdef void forward_heads(Forward *f, int64_t *counter) noexcept nogil:
+    cdef const Problem *p = f.p
+    cdef Py_ssize_t b, hk, block
+    cdef int64_t n = next_task(counter)
+    while n < p.B * p.NK:
+        b, hk = n // p.NK, n % p.NK
+        for block in range(key_blocks(p, b)):
+            pack_block(f, b, hk, block, f.pack + block * f.block_reals)
+        for block in range(query_blocks(p, b)):
+            forward_block(f, b, hk, block * QUERY_ROWS, f.pack)
+        n = next_task(counter)
+
+
+cdef void forward_all(Forward *f, real *packed, int64_t *counters) noexcept nogil:
+    """`packed` NULL: whole heads."""
+    cdef const Problem *p = f.p
+    cdef Py_ssize_t n0 = 0, n1, wave = 0
+    if packed == NULL:
+        forward_heads(f, counters)
+        return
+    while n0 < p.B * p.NK:
+        n1 = wave_end(p, n0, f.block_reals)
+        forward_wave(f, n0, n1, packed, counters + wave)
+        n0 = n1
+        wave += 1
