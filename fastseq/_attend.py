@@ -7,7 +7,7 @@ functions take them; `op` is the public name, for errors.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,11 @@ def _positive(op: str, name: str, value) -> float:
     return float(value)
 
 
+def _lengths(op: str, name: str, value, B: int, most: tuple[str, int]) -> Array:
+    found = _check.counts(op, name, value, ("B", B), most)
+    return np.full(B, most[1], np.int64) if found is None else found
+
+
 # ---- a call
 
 
@@ -137,12 +142,9 @@ def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> Attention:
         B, (_, NH, L, D), (_, NK, S, DV) = len(cu_q) - 1, q.shape, v.shape
     else:
         (B, NH, L, D), (_, NK, S, DV) = q.shape, v.shape
-        lengths = tuple(
-            np.full(B, n) if value is None else _check.counts(op, name, value, ("B", B), (letter, n))
-            for name, value, letter, n in (
-                ("q_lengths", given.q_lengths, "L", L),
-                ("kv_lengths", given.kv_lengths, "S", S),
-            )
+        lengths = (
+            _lengths(op, "q_lengths", given.q_lengths, B, ("L", L)),
+            _lengths(op, "kv_lengths", given.kv_lengths, B, ("S", S)),
         )
     left, right = _window(op, given.window)
     seed, threshold, keep_scale = _dropout(op, given.dropout_p, given.seed)
@@ -174,7 +176,7 @@ def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> Attention:
     )
 
 
-def _like(a: Array, columns: int, fill: float | None = None) -> Array:
+def like(a: Array, columns: int, fill: float | None = None) -> Array:
     """An array of a's shape and order of axes in memory, but for its last axis."""
     order = sorted(range(a.ndim - 1), key=lambda axis: -abs(a.strides[axis]))
     shape = (*(a.shape[axis] for axis in order), columns)
@@ -196,7 +198,7 @@ def forward(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Arra
     call = _call(op, q, k, v, given)
     B, NH, _, _, DV = call.sizes
     padded = given.q_lengths is not None
-    call.o = _like(call.q, DV, 0.0 if padded else None)
+    call.o = like(call.q, DV, 0.0 if padded else None)
     shape = (1 if given.packed else B, NH, call.q.shape[2])
     call.lse = np.full(shape, -np.inf, q.dtype) if padded else np.empty(shape, q.dtype)
     _dispatch.kernels("attention", q.dtype).forward(call, _dispatch.get_num_threads())
@@ -230,7 +232,7 @@ def backward(
     call.o, call.lse, call.do, call.dlse = (
         rows(_as_kernel(a, given.packed)) for a in (o, lse, do, dlse)
     )
-    call.dq, call.dk, call.dv = (_like(a, a.shape[-1], 0.0) for a in (call.q, call.k, call.v))
+    call.dq, call.dk, call.dv = (like(a, a.shape[-1], 0.0) for a in (call.q, call.k, call.v))
     dbias = None
     if needs_bias and given.bias is not None:
         dbias = np.zeros(given.bias.shape, q.dtype)
@@ -244,13 +246,3 @@ def _writable_view(a: Array, shape: tuple) -> Array:
     wide = a.reshape((1,) * (len(shape) - a.ndim) + a.shape)
     strides = [0 if n == 1 else stride for n, stride in zip(wide.shape, wide.strides, strict=True)]
     return np.lib.stride_tricks.as_strided(wide, shape, strides)
-
-
-def without_arrays(given: Options) -> Options:
-    """The options that are numbers and words."""
-    return replace(given, **dict.fromkeys(ARRAYS))
-
-
-ARRAYS = (
-    "mask", "bias", "q_lengths", "kv_lengths", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k",
-)  # fmt: skip

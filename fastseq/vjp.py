@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
+from typing import Any
 
-from fastseq import _stack, recurrent
+import numpy as np
+
+from fastseq import _attend, _stack, recurrent
+from fastseq._attend import Options
 from fastseq._stack import Spec
+from fastseq.attention import attention, attention_varlen
+from fastseq.position import rotary
 
 
 def _recurrent(fn: Callable, given: dict) -> tuple[tuple, Callable]:
@@ -44,10 +50,36 @@ def _recurrent(fn: Callable, given: dict) -> tuple[tuple, Callable]:
     return outputs, pullback
 
 
+def _attention(fn: Callable, given: dict) -> tuple[Any, Callable]:
+    """Outputs and pullback of attention, padded or packed."""
+    op, (q, k, v) = fn.__name__, (given[n] for n in "qkv")
+    with_lse = given["return_lse"]
+    options = Options(**{n: a for n, a in given.items() if n not in (*"qkv", "return_lse")})
+    o, lse = _attend.forward(op, q, k, v, options)
+
+    def pullback(gradients):
+        do, dlse = gradients if with_lse else (gradients, None)
+        dq, dk, dv, dbias = _attend.backward(op, q, k, v, options, o, lse, do, dlse)
+        return (dq, dk, dv) if options.bias is None else (dq, dk, dv, dbias)
+
+    return (o, lse) if with_lse else o, pullback
+
+
+def _rotary(fn: Callable, given: dict) -> tuple[Any, Callable]:
+    """A turn, and the turn back."""
+    back = given | {"inverse": not given["inverse"]}
+
+    def pullback(dy):
+        return (fn(**back | {"x": np.zeros_like(given["x"]) if dy is None else dy}),)
+
+    return fn(**given), pullback
+
+
 _WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
 _SCANS = (recurrent.rnn, recurrent.gru, recurrent.lstm)
 _STEPS = (recurrent.rnn_cell, recurrent.gru_cell, recurrent.lstm_cell)
-_RULES = dict.fromkeys((*_SCANS, *_STEPS), _recurrent)
+_RULES: dict[Callable, Callable] = dict.fromkeys((*_SCANS, *_STEPS), _recurrent)
+_RULES |= {attention: _attention, attention_varlen: _attention, rotary: _rotary}
 
 
 def vjp(fn: Callable, *args, **kwargs) -> tuple:
@@ -59,14 +91,16 @@ def vjp(fn: Callable, *args, **kwargs) -> tuple:
     the next and give its gradient as None.
 
     Args:
-        fn: one of fastseq's rnn, gru, lstm, rnn_cell, gru_cell, lstm_cell.
+        fn: one of fastseq's rnn, gru, lstm, rnn_cell, gru_cell, lstm_cell, attention,
+            attention_varlen, rotary.
         args: its arguments.
         kwargs: its keyword arguments.
 
     Returns:
         outputs, as fn returns them, and pullback. pullback takes one argument with the structure
         of outputs (None anywhere means zeros) and returns the gradients of the array arguments
-        in the order of fn's signature, None for those that were None. It may be called again.
+        in the order of fn's signature, None for those that were None; attention's are those of q,
+        k, v and, if given, bias. It may be called again.
 
     Raises:
         TypeError: fn has no gradient rule here. Otherwise what fn raises.
