@@ -223,11 +223,11 @@ def backward(
     do and dlse may be None (zeros), but for the shape of o and lse, which is checked.
     """
     call = _call(op, q, k, v, given)
-    for name, value, like in (("do", do, o), ("dlse", dlse, lse)):
+    for name, value, output in (("do", do, o), ("dlse", dlse, lse)):
         if value is not None:
             letters = ("TQ, NH" if given.packed else "B, NH, L") + ", DV" * (name == "do")
             _check.floats(op, name, _check.signature(value), q.dtype, like="q")
-            _check.shape(op, name, value.shape, letters, like.shape)
+            _check.shape(op, name, value.shape, letters, output.shape)
     do = np.broadcast_to(np.zeros((), q.dtype), o.shape) if do is None else do
     call.o, call.lse, call.do, call.dlse = (
         rows(_as_kernel(a, given.packed)) for a in (o, lse, do, dlse)

@@ -36,9 +36,7 @@ def level() -> tuple[str, str]:
 @cache
 def kernels(stem: str, dtype: np.dtype) -> ModuleType:
     """The kernels of one family for float32 or float64 at the level in use."""
-    return importlib.import_module(
-        f"fastseq.kernels.cpu.{stem}_{level()[0]}_f{8 * dtype.itemsize}"
-    )
+    return importlib.import_module(f"fastseq.kernels.cpu.{stem}_{level()[0]}_f{8 * dtype.itemsize}")
 
 
 @cache
