@@ -7,6 +7,7 @@ functions take them; `op` is the public name, for errors.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,11 +177,10 @@ def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> Attention:
     )
 
 
-def like(a: Array, columns: int, fill: float | None = None) -> Array:
-    """An array of a's shape and order of axes in memory, but for its last axis."""
+def like(a: Array, columns: int, make: Callable[..., Array] = np.empty) -> Array:
+    """An array of a's shape and order of axes in memory, but for the size of its last axis."""
     order = sorted(range(a.ndim - 1), key=lambda axis: -abs(a.strides[axis]))
-    shape = (*(a.shape[axis] for axis in order), columns)
-    made = np.empty(shape, a.dtype) if fill is None else np.full(shape, fill, a.dtype)
+    made = make((*(a.shape[axis] for axis in order), columns), a.dtype)
     return made.transpose(*np.argsort(order), a.ndim - 1)
 
 
@@ -198,7 +198,7 @@ def forward(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Arra
     call = _call(op, q, k, v, given)
     B, NH, _, _, DV = call.sizes
     padded = given.q_lengths is not None
-    call.o = like(call.q, DV, 0.0 if padded else None)
+    call.o = like(call.q, DV, np.zeros if padded else np.empty)
     shape = (1 if given.packed else B, NH, call.q.shape[2])
     call.lse = np.full(shape, -np.inf, q.dtype) if padded else np.empty(shape, q.dtype)
     _dispatch.kernels("attention", q.dtype).forward(call, _dispatch.get_num_threads())
@@ -232,7 +232,7 @@ def backward(
     call.o, call.lse, call.do, call.dlse = (
         rows(_as_kernel(a, given.packed)) for a in (o, lse, do, dlse)
     )
-    call.dq, call.dk, call.dv = (like(a, a.shape[-1], 0.0) for a in (call.q, call.k, call.v))
+    call.dq, call.dk, call.dv = (like(a, a.shape[-1], np.zeros) for a in (call.q, call.k, call.v))
     dbias = None
     if needs_bias and given.bias is not None:
         dbias = np.zeros(given.bias.shape, q.dtype)

@@ -81,26 +81,27 @@ static __attribute__((unused)) void panels_sparse(int rows, int turned, const re
         }
 }
 
-/* dst panels [K][N] of rows src + k * ld, times `scale`; K_all is how many steps the panels have room for. Returns
- * whether everything is finite. */
+/* The first n reals at p, zeros in the other lanes. */
+INLINE vec load_part(const real *p, intptr_t n) {
+    if (n >= VL)
+        return load(p);
+    vec v = {};
+    memcpy(&v, p, n * sizeof(real));
+    return v;
+}
+
+/* dst panels [K][N] of rows src + k * ld, times `scale`. Returns whether everything is finite. */
 static __attribute__((unused)) int pack_panels(const real *src, intptr_t ld, intptr_t K, intptr_t N, real scale,
-                                               real *dst, intptr_t K_all) {
+                                               real *dst) {
     vec bad = {};
     for (intptr_t col = 0; col < N; col += PANEL) {
         intptr_t width = round_up(N) - col < PANEL ? round_up(N) - col : PANEL;
-        intptr_t valid = N - col < width ? N - col : width;
-        for (intptr_t k = 0; k < K; k++) {
-            real *to = dst + col * K_all + k * width;
-            if (valid == width)
-                memcpy(to, src + k * ld + col, width * sizeof(real));
-            else
-                copy_padded(to, src + k * ld + col, valid, width);
+        for (intptr_t k = 0; k < K; k++)
             for (intptr_t j = 0; j < width; j += VL) {
-                vec v = load(to + j) * scale;
+                vec v = load_part(src + k * ld + col + j, N - col - j) * scale;
                 bad += v * 0;
-                store(to + j, v);
+                store(dst + col * K + k * width + j, v);
             }
-        }
     }
     real sum = 0;
     for (int l = 0; l < VL; l++)
@@ -214,40 +215,53 @@ INLINE void narrow(const RowOptions *o, intptr_t *lo, intptr_t *hi) {
         --*hi;
 }
 
-/* What is added to scores, then -inf where a pair may not attend, for keys lo : hi; s is key j0's place. Only whole
+/* One vector of scores with everything that is added to them; `edge`: some of its keys are outside [lo, hi). */
+INLINE vec finished(const RowOptions *o, vec x, intptr_t j, intptr_t lo, intptr_t hi, int edge, real *factor) {
+    if (o->softcap != 0) {
+        vec t = tanh_(x / o->softcap);
+        x = t * o->softcap;
+        if (factor)
+            store(factor, 1 - t * t);
+    }
+    if (o->slope != 0) {
+        vec distance = __builtin_convertvector(lane_indices() + (bits)(j - o->center), vec);
+        x -= o->slope * choose(distance < 0, -distance, distance);
+    }
+    if (o->bias)
+        x += load_strided(o->bias + j * o->bias_j, o->bias_j, hi - j);
+    if (o->mask)
+        x = choose(load_mask(o->mask + j * o->mask_j, o->mask_j, hi - j), x, NEGATIVE_INFINITY);
+    return edge ? choose(within(j, lo, hi), x, NEGATIVE_INFINITY) : x;
+}
+
+/* Scores of keys lo : hi to their final values, -inf where a pair may not attend; s is key j0's place. Only whole
  * vectors that hold a key of [lo, hi) are written. `factor`: NULL, or gets d score / d product of the softcap. Returns
  * the largest score. */
 static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, intptr_t j0, intptr_t lo, intptr_t hi,
                                                   real *factor) {
-    vec most = NEGATIVE_INFINITY;
+    vec most[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
     int plain = o->softcap == 0 && o->slope == 0 && !o->bias && !o->mask;
-    for (intptr_t j = lo - (lo - j0) % VL; j < hi; j += VL) {
-        vec x = load(s + j - j0);
-        if (!plain) {
-            if (o->softcap != 0) {
-                vec t = tanh_(x / o->softcap);
-                x = t * o->softcap;
-                if (factor)
-                    store(factor + j - j0, 1 - t * t);
+    intptr_t j = lo - (lo - j0) % VL;
+    s -= j0;
+    if (factor)
+        factor -= j0;
+    while (j < hi) {
+        if (plain && j >= lo)
+            for (; j + 2 * VL <= hi; j += 2 * VL) {
+                most[0] = max_(most[0], load(s + j));
+                most[1] = max_(most[1], load(s + j + VL));
             }
-            if (o->slope != 0) {
-                vec distance = __builtin_convertvector(lane_indices() + (bits)(j - o->center), vec);
-                x -= o->slope * choose(distance < 0, -distance, distance);
-            }
-            if (o->bias)
-                x += load_strided(o->bias + j * o->bias_j, o->bias_j, hi - j);
-            if (o->mask)
-                x = choose(load_mask(o->mask + j * o->mask_j, o->mask_j, hi - j), x, NEGATIVE_INFINITY);
-        }
-        if (j < lo || j + VL > hi)
-            x = choose(within(j, lo, hi), x, NEGATIVE_INFINITY);
-        if (!plain || j < lo || j + VL > hi)
-            store(s + j - j0, x);
-        most = max_(most, x);
+        if (j >= hi)
+            break;
+        vec x = finished(o, load(s + j), j, lo, hi, j < lo || j + VL > hi, factor ? factor + j : 0);
+        store(s + j, x);
+        most[0] = max_(most[0], x);
+        j += VL;
     }
-    real m = most[0];
+    most[0] = max_(most[0], most[1]);
+    real m = most[0][0];
     for (int l = 1; l < VL; l++)
-        m = most[l] > m ? most[l] : m;
+        m = most[0][l] > m ? most[0][l] : m;
     return m;
 }
 
@@ -334,6 +348,11 @@ INLINE void add_strided(real *sum, intptr_t stride, const real *row, intptr_t n)
 INLINE void scale_row(real *c, intptr_t n, real by) {
     for (intptr_t j = 0; j < n; j++)
         c[j] *= by;
+}
+
+INLINE void copy_scaled(real *restrict to, const real *restrict from, intptr_t n, real by) {
+    for (intptr_t j = 0; j < n; j++)
+        to[j] = from[j] * by;
 }
 
 /* sum_d a[d] b[d], in VL chains */

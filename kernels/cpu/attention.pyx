@@ -16,8 +16,7 @@ cdef extern from "attention.h" nogil:
                 Py_ssize_t K, Py_ssize_t N, Py_ssize_t n0, Py_ssize_t n1, const real *init, real **c)
     void panels_sparse(int rows, int turned, const real **a, Py_ssize_t lda, Py_ssize_t k0, Py_ssize_t k1,
                        const real *w, Py_ssize_t K, Py_ssize_t N, real **c)
-    bint pack_panels(const real *src, Py_ssize_t ld, Py_ssize_t K, Py_ssize_t N, real scale, real *dst,
-                     Py_ssize_t K_all)
+    bint pack_panels(const real *src, Py_ssize_t ld, Py_ssize_t K, Py_ssize_t N, real scale, real *dst)
     void pack_keys(const real *src, Py_ssize_t ld, Py_ssize_t keys, Py_ssize_t D, real *dst)
     ctypedef struct RowOptions:
         real softcap, slope
@@ -39,6 +38,7 @@ cdef extern from "attention.h" nogil:
     void multiply_row(real *a, const real *b, Py_ssize_t n)
     void add_strided(real *sum, Py_ssize_t stride, const real *row, Py_ssize_t n)
     void scale_row(real *c, Py_ssize_t n, real by)
+    void copy_scaled(real *to, const real *src, Py_ssize_t n, real by)
     real dot(const real *a, const real *b, Py_ssize_t n)
     void dots(Py_ssize_t rows, const real **q, const real *k, Py_ssize_t ld, Py_ssize_t n, Py_ssize_t D, real **s)
     void weigh(Py_ssize_t rows, const real **p, const real *v, Py_ssize_t ld, Py_ssize_t n, Py_ssize_t DV, real **o)

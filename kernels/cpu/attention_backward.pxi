@@ -10,9 +10,8 @@
 
 cdef enum:
     SLABS = 4
-    SLAB_KEYS = 256                 # the least
-    BACK_ROWS = 64                  # queries of a block
-    BACK_KEYS = 128
+    BACK_ROWS = 48                  # queries of a block: whole tiles of 6, as BACK_KEYS are, and of all panels
+    BACK_KEYS = 192
     BACK_ROW = BACK_KEYS + 16
     SEGMENT = 2048                  # queries packed at once
 
@@ -40,7 +39,7 @@ cdef struct Backward:               # one thread's
 
 
 cdef inline Py_ssize_t slab_keys(const Problem *p, Py_ssize_t b) noexcept nogil:
-    return max(<Py_ssize_t>SLAB_KEYS, ceil_div(ceil_div(p.kv_len[b], SLABS), BACK_KEYS) * BACK_KEYS)
+    return max(1, ceil_div(p.kv_len[b], SLABS * BACK_KEYS)) * BACK_KEYS
 
 
 cdef inline Py_ssize_t slabs(const Problem *p, Py_ssize_t b) noexcept nogil:
@@ -82,9 +81,9 @@ cdef void pack_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, P
         i = block * BACK_ROWS
         rows = imin(BACK_ROWS, n - i)
         to = g.q_pack + i * (round_up(p.D) + 1)
-        to[0] = pack_panels(of_query(p, &p.q, b, h, i0 + i), p.q.i, rows, p.D, p.scale, to + BACK_ROWS, rows)
+        to[0] = pack_panels(of_query(p, &p.q, b, h, i0 + i), p.q.i, rows, p.D, p.scale, to + BACK_ROWS)
         to = g.do_pack + i * (round_up(p.DV) + 1)
-        to[0] = pack_panels(of_query(p, &p.d_o, b, h, i0 + i), p.d_o.i, rows, p.DV, 1, to + BACK_ROWS, rows)
+        to[0] = pack_panels(of_query(p, &p.d_o, b, h, i0 + i), p.d_o.i, rows, p.DV, 1, to + BACK_ROWS)
     for r in range(n):
         g.delta[r] = dot(of_query(p, &p.d_o, b, h, i0 + r), of_query(p, &p.o, b, h, i0 + r), p.DV)
         if p.dlse.data != NULL:
@@ -97,7 +96,7 @@ cdef void pack_slab_block(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t j
     pack_keys(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, g.k_pack)
     scale_row(g.k_pack, p.D * round_up(n), p.scale)
     pack_keys(of_key(p, &p.v, b, hk, j0), p.v.i, n, p.DV, g.v_pack)
-    g.k_finite = pack_panels(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, p.scale, g.k_rows, n)
+    g.k_finite = pack_panels(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, p.scale, g.k_rows)
 
 
 cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i, real delta, Py_ssize_t j0,

@@ -41,7 +41,7 @@ cdef inline real *decode_part(const Decode *d, Py_ssize_t n, Py_ssize_t chunk, P
 cdef void decode_tile(Decode *d, Py_ssize_t n, Py_ssize_t chunk, Py_ssize_t first, Py_ssize_t rows) noexcept nogil:
     """Rows first : first + rows of head n = b * NK + hk against one chunk."""
     cdef const Problem *p = d.p
-    cdef Py_ssize_t b = n // p.NK, hk = n % p.NK, j0 = chunk * CHUNK_KEYS, j1, r, i, h, c, lo, hi
+    cdef Py_ssize_t b = n // p.NK, hk = n % p.NK, j0 = chunk * CHUNK_KEYS, j1, r, i, h, lo, hi
     cdef Limits at[DECODE_ROWS]
     cdef Limits tile
     cdef RowOptions options[DECODE_ROWS]
@@ -60,8 +60,7 @@ cdef void decode_tile(Decode *d, Py_ssize_t n, Py_ssize_t chunk, Py_ssize_t firs
             tile.lo, tile.hi = imin(tile.lo, at[r].lo), max(tile.hi, at[r].hi)
         query = of_query(p, &p.q, b, h, i)
         memset(d.q + r * round_up(p.D), 0, round_up(p.D) * sizeof(real))
-        for c in range(p.D):
-            d.q[r * round_up(p.D) + c] = query[c] * p.scale
+        copy_scaled(d.q + r * round_up(p.D), query, p.D, p.scale)
         q[r], s[r] = d.q + r * round_up(p.D), d.s + r * (CHUNK_KEYS + 16)
         acc[r] = decode_part(d, n, chunk, first + r)
         memset(acc[r], 0, d.part_row * sizeof(real))

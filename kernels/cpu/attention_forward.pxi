@@ -52,18 +52,15 @@ cdef void pack_block(const Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t b
     cdef const Problem *p = f.p
     cdef Py_ssize_t j0 = block * KEY_BLOCK, n = imin(KEY_BLOCK, p.kv_len[b] - j0)
     pack_keys(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, to + f.header)
-    to[0] = pack_panels(of_key(p, &p.v, b, hk, j0), p.v.i, n, p.DV, 1, to + f.header + KEY_BLOCK * p.D, n)
+    to[0] = pack_panels(of_key(p, &p.v, b, hk, j0), p.v.i, n, p.DV, 1, to + f.header + KEY_BLOCK * p.D)
 
 
 cdef void start_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0, Py_ssize_t n) noexcept nogil:
     cdef const Problem *p = f.p
-    cdef Py_ssize_t r, d, i, h
-    cdef const real *q
+    cdef Py_ssize_t r, i, h
     for r in range(n):
         i, h = (r0 + r) // p.group, hk * p.group + (r0 + r) % p.group
-        q = of_query(p, &p.q, b, h, i)
-        for d in range(p.D):
-            f.q[r * p.D + d] = q[d] * p.scale
+        copy_scaled(f.q + r * p.D, of_query(p, &p.q, b, h, i), p.D, p.scale)
         f.m[r], f.l[r] = -INFINITY, 0
         limits(p, b, i, &f.row[r].lo, &f.row[r].hi)
         row_options(p, b, h, i, &f.options[r])
@@ -123,11 +120,7 @@ cdef void forward_tile(Forward *f, Py_ssize_t first, int rows, Py_ssize_t j0, Py
 cdef void finish_row(const Problem *p, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i, const real *acc, real m,
                      real l) noexcept nogil:
     """o = acc / l, lse = m + log l; 0 and -inf where no key was attended."""
-    cdef real *o = of_query(p, &p.o, b, h, i)
-    cdef real by = 0 if l == 0 else 1 / l
-    cdef Py_ssize_t d
-    for d in range(p.DV):
-        o[d] = acc[d] * by
+    copy_scaled(of_query(p, &p.o, b, h, i), acc, p.DV, 0 if l == 0 else 1 / l)
     of_query(p, &p.lse, b, h, i)[0] = -INFINITY if l == 0 else <real>(m + log(l))
 
 
