@@ -3,11 +3,12 @@
 To add one: write its module with a `FAMILY`, and name it in `registry`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from . import measure
 from .bars import Bar, Verdict
 from .gate import Results
 
@@ -35,6 +36,11 @@ class Contender:
     call: Callable[[], object]  # what is timed
     results: Callable[[], Results]  # what is compared with the reference
     expected: Callable[[str], Results] | None = None  # if other than that of the setup
+
+
+def fastest(contenders: Iterable[Contender]) -> Contender:
+    """The one with the shortest call in a trial: a peer that a user may run in several ways."""
+    return min(contenders, key=lambda contender: measure.estimate(contender.call))
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,6 @@ class Family:
 
 def registry() -> dict[str, Family]:
     """All families by name."""
-    from . import recurrent
+    from . import attention, recurrent
 
-    return {family.name: family for family in (recurrent.FAMILY,)}
+    return {family.name: family for family in (recurrent.FAMILY, attention.FAMILY)}

@@ -40,7 +40,7 @@ Times = dict[str, list[float]]  # contender -> seconds per call, one entry a rou
 
 def interleave(calls: Mapping[str, Callable[[], object]], effort: Effort) -> Times:
     """Seconds per call of every contender, one sample a round."""
-    single = {name: _estimate(call) for name, call in calls.items()}
+    single = {name: estimate(call) for name, call in calls.items()}
     batch = {name: max(1, math.ceil(BATCH_S / single[name])) for name in calls}
     round_s = sum(_sample_cost(single[name], batch[name]) for name in calls)
     rounds = min(max(int(effort.budget_s / round_s), effort.min_rounds), effort.max_rounds)
@@ -60,7 +60,7 @@ def interleave(calls: Mapping[str, Callable[[], object]], effort: Effort) -> Tim
     return times
 
 
-def _estimate(call: Callable[[], object]) -> float:
+def estimate(call: Callable[[], object]) -> float:
     """Seconds of one call, after the first one, which may allocate, pack or compile."""
     call()
     best = math.inf

@@ -37,7 +37,7 @@ def speedups(rows: list[Row], peers: tuple[str, ...], title: str, path: Path) ->
     figure.savefig(path, dpi=130)
 
 
-def loss_curves(losses: dict[str, list[float]], path: Path, steps: int) -> None:
+def loss_curves(losses: dict[str, list[float]], path: Path, title: str) -> None:
     """Loss in bits per character, and below it the distance from torch's curve."""
     figure = Figure(figsize=(7, 6), layout="constrained")
     curves, distance = figure.subplots(2, 1, sharex=True)
@@ -48,7 +48,7 @@ def loss_curves(losses: dict[str, list[float]], path: Path, steps: int) -> None:
             gap = [abs(a - b) for a, b in zip(curve, losses["torch"], strict=True)]
             distance.plot(gap, style, label=f"|{name} - torch|")
     curves.set_ylabel("training loss, bits per character")
-    curves.set_title(f"character LSTM on pydoc_data.topics, {steps} steps", fontsize=9)
+    curves.set_title(title, fontsize=9)
     distance.set_ylabel("nats")
     distance.set_yscale("symlog", linthresh=1e-8)
     distance.set_xlabel("step")

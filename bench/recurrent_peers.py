@@ -4,14 +4,14 @@ ONNX Runtime and OpenVINO run the same ONNX model, built here from the problem's
 Gates: torch LSTM i|f|g|o, GRU r|z|n; ONNX LSTM i|o|f|c, GRU z|r|h with linear_before_reset=1.
 """
 
-import importlib
 from collections.abc import Callable
 
 import numpy as np
 
-from .families import Absent, Contender
+from .families import Contender
 from .gate import Results
 from .recurrent import GATES, Case, Problem
+from .runtimes import onnx_session, openvino_model, require
 
 OPERATORS = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "lstm": "LSTM"}
 ONNX_GATES = {"rnn_tanh": (0,), "rnn_relu": (0,), "gru": (1, 0, 2), "lstm": (0, 3, 1, 2)}
@@ -26,14 +26,6 @@ def builders(problem: Problem, threads: int) -> dict[str, Callable[[], Contender
         "openvino": lambda: openvino(problem, threads),
         "jax": lambda: jax_training(problem),
     }
-
-
-def _require(*packages: str) -> list:
-    """The imported packages, or Absent."""
-    try:
-        return [importlib.import_module(package) for package in packages]
-    except ImportError as error:
-        raise Absent(f"{error.name or packages[0]} is not installed") from None
 
 
 def onnx_runtime(problem: Problem, threads: int) -> Contender:
@@ -70,28 +62,14 @@ def onnx_runtime_stream(problem: Problem, threads: int) -> Contender:
 
 
 def _session(problem: Problem, threads: int, steps: int | None = None):
-    ort, _ = _require("onnxruntime", "onnx")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Its idle threads would slow whoever is timed next; measured to cost it nothing itself.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(
-        onnx_model(problem, steps), options, providers=["CPUExecutionProvider"]
-    )
+    require("onnxruntime", "onnx")  # before the model is built
+    return onnx_session(onnx_model(problem, steps), threads)
 
 
 def openvino(problem: Problem, threads: int) -> Contender:
     """One synchronous inference request over all steps, in float32."""
-    ov, _ = _require("openvino", "onnx")
-    core = ov.Core()
-    settings = {
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the CPU has it
-    }
-    compiled = core.compile_model(core.read_model(onnx_model(problem)), "CPU", settings)
+    require("openvino", "onnx")  # before the model is built
+    compiled = openvino_model(onnx_model(problem), threads)
     request = compiled.create_infer_request()
     inputs = {"x": problem.x}
 
@@ -216,7 +194,7 @@ def _state_count(case: Case) -> int:
 
 def jax_training(problem: Problem) -> Contender:
     """jit of a lax.scan after one projection of all steps, and its vjp."""
-    jax, jnp = _require("jax", "jax.numpy")
+    jax, jnp = require("jax", "jax.numpy")
     cell = _jax_cell(problem.case.kind, jax, jnp)
 
     def layer(x, weights):

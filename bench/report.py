@@ -52,15 +52,16 @@ def cells(row: Row, family: Family) -> list[str]:
     ]
 
 
-def line(values: list[str]) -> str:
+def line(values: list[str], family: Family) -> str:
     """Cells in columns."""
     name, *rest = values
-    return name.ljust(NAME_WIDTH) + "".join(value.rjust(WIDTH) for value in rest)
+    longest = max(len(case.name) for case in family.cases) + len("/t2 ")
+    return name.ljust(max(NAME_WIDTH, longest)) + "".join(value.rjust(WIDTH) for value in rest)
 
 
 def show_row(out: Console, row: Row, family: Family) -> None:
     """One line, and under it what went wrong."""
-    out.print(escape(line(cells(row, family))), soft_wrap=True)
+    out.print(escape(line(cells(row, family), family)), soft_wrap=True)
     for name, message in row.errors.items():
         out.print(f"    [red]{escape(f'{name}: {message}')}[/red]", soft_wrap=True)
 

@@ -63,7 +63,7 @@ class Session:
         """Measure everything; True if a result of ours was wrong."""
         if self.cases:
             self.console.print(report.LEGEND, style="dim")
-            head = report.line(report.header(self.family))
+            head = report.line(report.header(self.family), self.family)
             self.console.print(f"[bold]{head}[/bold]", soft_wrap=True)
         with self._progress() as progress:
             task = progress.add_task("", total=len(self.cases) + len(self.jobs))

@@ -1,11 +1,30 @@
 """fastseq for torch: functions over tensors with gradients, torch.nn's modules, and operators.
 
 fastseq.torch.lstm(x, w_ih, w_hh, b_ih, b_hh)       the functions of fastseq, over tensors
-fastseq.torch.nn.LSTM(input_size, hidden_size)      torch.nn's recurrent modules
+fastseq.torch.scaled_dot_product_attention(q, k, v) torch.nn.functional's, fused in every case
+fastseq.torch.nn.LSTM(input_size, hidden_size)      torch.nn's modules
 torch.ops.fastseq.lstm                              registered by this import
 """
 
 from fastseq.torch import nn
+from fastseq.torch.attention import attention, attention_varlen, merge_attention
+from fastseq.torch.attention_sdpa import scaled_dot_product_attention
 from fastseq.torch.functional import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from fastseq.torch.position import alibi_slopes, rotary, sinusoidal_positions
 
-__all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "nn", "rnn", "rnn_cell"]
+__all__ = [
+    "alibi_slopes",
+    "attention",
+    "attention_varlen",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "merge_attention",
+    "nn",
+    "rnn",
+    "rnn_cell",
+    "rotary",
+    "scaled_dot_product_attention",
+    "sinusoidal_positions",
+]

@@ -1,50 +1,7 @@
-"""Weights as NumPy arrays without copies, and packed weights kept between calls."""
-
-import numpy as np
-import torch
+"""A module's weights as NumPy arrays and packed, kept between calls."""
 
 from fastseq import _stack
-
-FLOATS = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
-
-
-def unsupported(operation, name, tensor):
-    """The error for a tensor that the CPU kernels do not take."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return TypeError(
-        f"{operation}: {name} must be float32 or float64 on the CPU, got {dtype} on {tensor.device}"
-    )
-
-
-class _Memory:
-    """Describes a tensor's memory to NumPy."""
-
-    __slots__ = ("__array_interface__",)
-
-    def __init__(self, tensor):
-        dtype = FLOATS[tensor.dtype]
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": dtype.str,
-            "shape": tuple(tensor.shape),
-            "strides": None if tensor.is_contiguous() else _byte_strides(tensor),
-            "data": (tensor.data_ptr(), True),
-        }
-
-
-def _byte_strides(tensor):
-    return tuple(stride * tensor.itemsize for stride in tensor.stride())
-
-
-def borrow(cell, weights):
-    """Read-only views of the weights' memory, valid until a weight is moved or freed.
-
-    `Tensor.numpy` would forbid the storage to be resized, which is how FSDP frees parameters.
-    """
-    for w in weights:
-        if w.dtype not in FLOATS or not w.is_cpu:
-            raise unsupported(cell, "every weight", w)
-    return [np.asarray(_Memory(w)) for w in weights]
+from fastseq.torch._tensors import borrow
 
 
 class PackedWeights:

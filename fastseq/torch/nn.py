@@ -1,4 +1,4 @@
-"""torch.nn's recurrent modules on fastseq's kernels.
+"""torch.nn's modules on fastseq's kernels: the recurrent ones here, and MultiheadAttention.
 
 Constructors, forward signatures, state_dict keys, initial values under a seed, PackedSequence
 handling and errors are torch.nn's; they run float32 and float64 on the CPU. RNN, GRU and LSTM are
@@ -12,9 +12,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq._stack import Spec
 from fastseq.torch._weights import PackedWeights
+from fastseq.torch.attention_nn import MultiheadAttention
 from fastseq.torch.ops import run, run_step
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell"]
 
 _States = Tensor | tuple[Tensor, Tensor]
 

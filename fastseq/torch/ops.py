@@ -10,12 +10,24 @@ as much as a small step. Both ways end in `fastseq._stack`, the entry point of t
 from functools import lru_cache, partial
 
 import torch
-from torch import _C, Tensor
-from torch.autograd import Function, forward_ad
+from torch import _C
+from torch.autograd import Function
 
 from fastseq import _stack
 from fastseq._stack import Spec
-from fastseq.torch._weights import FLOATS, borrow, unsupported
+from fastseq.torch._tensors import (
+    FLOATS,
+    OnceDifferentiable,
+    array,
+    borrow,
+    differentiated,
+    heard,
+    or_empty,
+    recorded,
+    register,
+    tensor_of,
+    unsupported,
+)
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
@@ -31,8 +43,6 @@ _BWD_SCHEMA = (
     " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
-
 
 def run(spec, x, h0, c0, weights, lengths=None, resets=None, cell_states=False, cache=None):
     """`_stack.forward` over tensors, with gradients; what they need is kept only if one is wanted.
@@ -46,8 +56,8 @@ def run(spec, x, h0, c0, weights, lengths=None, resets=None, cell_states=False, 
     if x.dtype not in FLOATS or not (x.is_cpu or x.is_meta):
         raise unsupported(spec.cell, "x", x)
     inputs = (x, h0, c0, *weights)
-    save = _differentiated(inputs)
-    if _heard(inputs):
+    save = differentiated(inputs)
+    if heard(inputs):
         flags = (spec.num_layers, spec.bidirectional, spec.reverse, cell_states, save)
         return _OPERATORS[spec.cell](x, h0, c0, list(weights), lengths, resets, *flags)[:4]
     if save:
@@ -65,33 +75,16 @@ def run_step(spec, x, h, c, weights, cache=None):
     Inference adds and drops the axis of time in NumPy, which takes a sixth of what torch does.
     """
     inputs = (x, h, c, *weights)
-    heard = _heard(inputs) or torch.autograd._profiler_enabled()
-    if heard or _differentiated(inputs) or x.dtype not in FLOATS:
+    seen = heard(inputs) or torch.autograd._profiler_enabled()
+    if seen or differentiated(inputs) or x.dtype not in FLOATS:
         x, h, c = (None if t is None else t.unsqueeze(0) for t in (x, h, c))
         _, *states, _ = run(spec, x, h, c, weights, cache=cache)
         return tuple(None if s is None else s.squeeze(0) for s in states)
     views = _views(spec, weights, cache)
     packed = None if cache is None else cache.packed(spec, views)
-    x, h, c = (None if t is None else _array(t)[None] for t in (x, h, c))
+    x, h, c = (None if t is None else array(t)[None] for t in (x, h, c))
     _, h, c, *_ = _stack.forward(spec, x, h, c, views, packed=packed)
-    return _tensor(h[0]), None if c is None else _tensor(c[0])
-
-
-def _differentiated(tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _heard(tensors):
-    """Whether a compiler, tracer, mode, transform or tensor subclass would see an operator."""
-    return (
-        torch.compiler.is_compiling()
-        or not _PLAIN.issuperset(map(type, tensors))
-        or tensors[0].is_meta
-        or _C._len_torch_dispatch_stack() > 0
-        or _C._functorch.peek_interpreter_stack() is not None
-        or _C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
+    return tensor_of(h[0]), None if c is None else tensor_of(c[0])
 
 
 def _infer(spec, x, h0, c0, weights, lengths, resets, cell_states, cache):
@@ -105,34 +98,21 @@ def _views(spec, weights, cache=None):
     return borrow(spec.cell, weights) if cache is None else cache.views(spec, weights)
 
 
-def _array(tensor):
-    """A NumPy view of the tensor, or None."""
-    if tensor is None:
-        return None
-    if not tensor.is_cpu:
-        raise ValueError(f"fastseq: expected all tensors on the CPU, got one on {tensor.device}")
-    return tensor.numpy(force=tensor.requires_grad)
-
-
-def _tensor(array):
-    return None if array is None else torch.from_numpy(array)
-
-
 def _forward(spec, x, h0, c0, views, lengths, resets, **options):
     """The kernels on tensors: y, h_n, c_n, c, reserve, None where absent."""
-    x, h0, c0, lengths, resets = map(_array, (x, h0, c0, lengths, resets))
+    x, h0, c0, lengths, resets = map(array, (x, h0, c0, lengths, resets))
     outputs = _stack.forward(spec, x, h0, c0, views, lengths, resets, **options)
-    return tuple(map(_tensor, outputs))
+    return tuple(map(tensor_of, outputs))
 
 
 def _backward(spec, x, h0, c0, views, *tensors, needs):
     """The kernels on tensors: dx, dh0, dc0, [dweights], None or [] where not needed."""
-    x, h0, c0, *arrays = map(_array, (x, h0, c0, *tensors))
+    x, h0, c0, *arrays = map(array, (x, h0, c0, *tensors))
     *states, dweights = _stack.backward(
         spec, x, h0, c0, views, *arrays, needs_x=needs[0], needs_weights=needs[3]
     )
-    dx, dh0, dc0 = (_tensor(d) if n else None for d, n in zip(states, needs, strict=False))
-    return dx, dh0, dc0, [_tensor(d) for d in dweights] if needs[3] else []
+    dx, dh0, dc0 = (tensor_of(d) if n else None for d, n in zip(states, needs, strict=False))
+    return dx, dh0, dc0, [tensor_of(d) for d in dweights] if needs[3] else []
 
 
 class _Recurrence(Function):
@@ -171,7 +151,7 @@ class _Recurrence(Function):
         tensors, weights = (*rest[:4], dy, dh_n, dc_n, dc), rest[4:]
         wanted = ctx.needs_input_grad
         needs = (*wanted[3:6], any(wanted[10:]))
-        if torch.is_grad_enabled() or _heard((x, *tensors, *weights)):
+        if torch.is_grad_enabled() or heard((x, *tensors, *weights)):
             grads = _backward_by_operator(spec, x, h0, c0, weights, *tensors, needs=needs)
         else:
             views = _views(spec, weights, ctx.cache)
@@ -179,21 +159,6 @@ class _Recurrence(Function):
         dx, dh0, dc0, dweights = grads
         dweights = dweights or [None] * len(weights)
         return None, None, None, dx, dh0, dc0, None, None, None, None, *dweights
-
-
-class _OnceDifferentiable(Function):
-    """A backward operator under autograd: it runs, and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx, operator, args, *tensors):
-        ctx.name = operator.name()
-        with _C._AutoDispatchBelowAutograd():
-            dx, dh0, dc0, dweights = operator(*args)
-        return dx, dh0, dc0, *dweights
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(f"{ctx.name}: second derivatives are not implemented")
 
 
 def _forward_by_operator(spec, x, h0, c0, weights, lengths, resets, cell_states, save):
@@ -216,22 +181,18 @@ def _spec(cell, num_weights, num_layers, bidirectional, reverse):
     return Spec(cell, num_layers, bidirectional, reverse, per_scan >= 4, per_scan % 2 == 1)
 
 
-def _or_empty(tensor, like):
-    return like.new_empty(0) if tensor is None else tensor
-
-
 def _cpu(cell, x, h0, c0, weights, lengths, resets, *flags):
     spec = _spec(cell, len(weights), *flags[:3])
     options = {"cell_states": flags[3], "save": flags[4]}
     outputs = _forward(spec, x, h0, c0, _views(spec, weights), lengths, resets, **options)
-    return tuple(_or_empty(t, x) for t in outputs)
+    return tuple(or_empty(t, x) for t in outputs)
 
 
 def _cpu_bwd(cell, x, h0, c0, weights, *rest):
     *tensors, num_layers, bidirectional, reverse, needs = rest
     spec = _spec(cell, len(weights), num_layers, bidirectional, reverse)
     *states, dweights = _backward(spec, x, h0, c0, _views(spec, weights), *tensors, needs=needs)
-    return *(_or_empty(t, x) for t in states), dweights
+    return *(or_empty(t, x) for t in states), dweights
 
 
 def _fake(cell, x, h0, c0, weights, lengths, resets, *flags):
@@ -261,43 +222,29 @@ def _fake_bwd(x, h0, c0, weights, *rest):
     return *states, [x.new_empty(w.shape) for w in weights] if needs[3] else []
 
 
-def _recorded(*args):
-    """Whether autograd has to see the call. In forward mode it has to, in order to refuse it."""
-    in_reverse_mode = torch.is_grad_enabled() and _C._any_requires_grad(*args)
-    return in_reverse_mode or forward_ad._current_level >= 0
-
-
 def _autograd(cell, x, h0, c0, weights, lengths, resets, *flags):
     args = (_spec(cell, len(weights), *flags[:3]), x, h0, c0)
     options = (lengths, resets, *flags[3:])
-    if _recorded(x, h0, c0, weights):
+    if recorded(x, h0, c0, weights):
         return _Recurrence.apply(None, True, *args, *options, *weights)
     return _forward_by_operator(*args, weights, *options)
 
 
 def _autograd_bwd(cell, *args):
     operator = _BWD_OPERATORS[cell]
-    if not _recorded(*args):
+    if not recorded(*args):
         with _C._AutoDispatchBelowAutograd():
             return operator(*args)
     tensors = (*args[:3], *args[3], *args[4:12])
-    dx, dh0, dc0, *dweights = _OnceDifferentiable.apply(operator, args, *tensors)
+    dx, dh0, dc0, *dweights = OnceDifferentiable.apply(operator, args, *tensors)
     return dx, dh0, dc0, dweights
 
 
-_LIBRARY = torch.library.Library("fastseq", "DEF")  # the operators live as long as it does
 _OPERATORS = {}
 _BWD_OPERATORS = {}
 
 for _cell in CELLS:
-    _bwd = f"{_cell}_bwd"
-    _LIBRARY.define(_cell + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.define(_bwd + _BWD_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_cell, partial(_cpu, _cell), "CPU")
-    _LIBRARY.impl(_bwd, partial(_cpu_bwd, _cell), "CPU")
-    _LIBRARY.impl(_cell, partial(_autograd, _cell), "Autograd")
-    _LIBRARY.impl(_bwd, partial(_autograd_bwd, _cell), "Autograd")
-    torch.library.register_fake(f"fastseq::{_cell}", partial(_fake, _cell), lib=_LIBRARY)
-    torch.library.register_fake(f"fastseq::{_bwd}", _fake_bwd, lib=_LIBRARY)
-    _OPERATORS[_cell] = getattr(torch.ops.fastseq, _cell).default
-    _BWD_OPERATORS[_cell] = getattr(torch.ops.fastseq, _bwd).default
+    _fwd = (partial(f, _cell) for f in (_cpu, _autograd, _fake))
+    _bwd = (partial(_cpu_bwd, _cell), partial(_autograd_bwd, _cell), _fake_bwd)
+    _OPERATORS[_cell] = register(_cell, _SCHEMA, *_fwd)
+    _BWD_OPERATORS[_cell] = register(f"{_cell}_bwd", _BWD_SCHEMA, *_bwd)

@@ -130,6 +130,7 @@ typedef struct {
     intptr_t bias_j;
     const uint8_t *mask;   /* nonzero: may attend; NULL: all may */
     intptr_t mask_j;
+    int masked;            /* whether the mask still matters within the limits at hand, see narrow */
     uint64_t key;          /* of dropout's generator */
     uint32_t threshold;    /* a pair is dropped if its bits are below; 0: no dropout */
     real keep_scale;       /* 1 / (1 - p) */
@@ -192,27 +193,34 @@ INLINE ivec load_mask(const uint8_t *p, intptr_t stride, intptr_t n) {
     return m != 0;
 }
 
-/* Narrow [lo, hi) to the first and last key that the mask lets through; empty: hi = lo. */
-INLINE void narrow(const RowOptions *o, intptr_t *lo, intptr_t *hi) {
+/* Narrow [lo, hi) to the first and last key that the mask lets through (empty: hi = lo), and tell whether it has
+ * holes between them. */
+INLINE void narrow(RowOptions *o, intptr_t *lo, intptr_t *hi) {
+    o->masked = o->mask != 0;
     if (!o->mask)
         return;
-    if (o->mask_j == 1 && *lo < *hi && !o->mask[*lo]) {
-        const uint8_t *first = memchr(o->mask + *lo, 1, *hi - *lo);
-        *lo = first ? first - o->mask : *hi;
-    } else
-        while (*lo < *hi && !o->mask[*lo * o->mask_j])
+    const uint8_t *mask = o->mask;
+    if (o->mask_j != 1) {
+        while (*lo < *hi && !mask[*lo * o->mask_j])
             ++*lo;
-    while (*hi - 64 > *lo && o->mask_j == 1) {
+        while (*hi > *lo && !mask[(*hi - 1) * o->mask_j])
+            --*hi;
+        return;
+    }
+    const uint8_t *first = *lo < *hi ? memchr(mask + *lo, 1, *hi - *lo) : 0;
+    *lo = first ? first - mask : *hi;
+    while (*hi - 64 > *lo) {
         uint64_t w[8], any = 0;
-        memcpy(w, o->mask + *hi - 64, 64);
+        memcpy(w, mask + *hi - 64, 64);
         for (int i = 0; i < 8; i++)
             any |= w[i];
         if (any)
             break;
         *hi -= 64;
     }
-    while (*hi > *lo && !o->mask[(*hi - 1) * o->mask_j])
+    while (*hi > *lo && !mask[*hi - 1])
         --*hi;
+    o->masked = *lo < *hi && memchr(mask + *lo, 0, *hi - *lo) != 0;
 }
 
 /* One vector of scores with everything that is added to them; `edge`: some of its keys are outside [lo, hi). */
@@ -229,9 +237,28 @@ INLINE vec finished(const RowOptions *o, vec x, intptr_t j, intptr_t lo, intptr_
     }
     if (o->bias)
         x += load_strided(o->bias + j * o->bias_j, o->bias_j, hi - j);
-    if (o->mask)
+    if (o->masked)
         x = choose(load_mask(o->mask + j * o->mask_j, o->mask_j, hi - j), x, NEGATIVE_INFINITY);
     return edge ? choose(within(j, lo, hi), x, NEGATIVE_INFINITY) : x;
+}
+
+/* The whole vectors of [j, hi) where at most a bias is added, its keys side by side. Returns where it stopped. */
+INLINE intptr_t whole_vectors(const RowOptions *o, real *s, intptr_t j, intptr_t hi, vec most[2]) {
+    const real *bias = o->bias;
+    if (!bias)
+        for (; j + 2 * VL <= hi; j += 2 * VL) {
+            most[0] = max_(most[0], load(s + j));
+            most[1] = max_(most[1], load(s + j + VL));
+        }
+    else
+        for (; j + 2 * VL <= hi; j += 2 * VL) {
+            vec a = load(s + j) + load(bias + j), b = load(s + j + VL) + load(bias + j + VL);
+            store(s + j, a);
+            store(s + j + VL, b);
+            most[0] = max_(most[0], a);
+            most[1] = max_(most[1], b);
+        }
+    return j;
 }
 
 /* Scores of keys lo : hi to their final values, -inf where a pair may not attend; s is key j0's place. Only whole
@@ -240,17 +267,14 @@ INLINE vec finished(const RowOptions *o, vec x, intptr_t j, intptr_t lo, intptr_
 static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, intptr_t j0, intptr_t lo, intptr_t hi,
                                                   real *factor) {
     vec most[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
-    int plain = o->softcap == 0 && o->slope == 0 && !o->bias && !o->mask;
+    int simple = o->softcap == 0 && o->slope == 0 && !o->masked && (!o->bias || o->bias_j == 1);
     intptr_t j = lo - (lo - j0) % VL;
     s -= j0;
     if (factor)
         factor -= j0;
     while (j < hi) {
-        if (plain && j >= lo)
-            for (; j + 2 * VL <= hi; j += 2 * VL) {
-                most[0] = max_(most[0], load(s + j));
-                most[1] = max_(most[1], load(s + j + VL));
-            }
+        if (simple && j >= lo)
+            j = whole_vectors(o, s, j, hi, most);
         if (j >= hi)
             break;
         vec x = finished(o, load(s + j), j, lo, hi, j < lo || j + VL > hi, factor ? factor + j : 0);
@@ -341,8 +365,11 @@ INLINE void multiply_row(real *a, const real *b, intptr_t n) {
 
 /* sum[j * stride] += row[j] */
 INLINE void add_strided(real *sum, intptr_t stride, const real *row, intptr_t n) {
-    for (intptr_t j = 0; j < n; j++)
-        sum[j * stride] += row[j];
+    if (stride == 1)
+        add_row(sum, row, n);
+    else
+        for (intptr_t j = 0; j < n; j++)
+            sum[j * stride] += row[j];
 }
 
 INLINE void scale_row(real *c, intptr_t n, real by) {

@@ -25,10 +25,11 @@ cdef extern from "attention.h" nogil:
         Py_ssize_t bias_j
         const uint8_t *mask
         Py_ssize_t mask_j
+        bint masked
         uint64_t key
         uint32_t threshold
         real keep_scale
-    void narrow(const RowOptions *o, Py_ssize_t *lo, Py_ssize_t *hi)
+    void narrow(RowOptions *o, Py_ssize_t *lo, Py_ssize_t *hi)
     real finish_scores(const RowOptions *o, real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, real *factor)
     real exponentials(real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t z0, Py_ssize_t z1, real m)
     uint64_t dropout_key(uint64_t seed, uint64_t head, uint64_t query)

@@ -76,12 +76,10 @@ cdef struct Limits:                 # one row's keys in the block at hand
     Py_ssize_t lo, hi
 
 
-cdef bint clip(const RowOptions *o, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t j0, Py_ssize_t j1,
-               Limits *at) noexcept nogil:
+cdef bint clip(RowOptions *o, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t j0, Py_ssize_t j1, Limits *at) noexcept nogil:
     """The row's keys within j0 : j1; whether there are any."""
     at.lo, at.hi = max(lo, j0), imin(hi, j1)
-    if at.lo < at.hi:
-        narrow(o, &at.lo, &at.hi)
+    narrow(o, &at.lo, &at.hi)
     return at.lo < at.hi
 
 
