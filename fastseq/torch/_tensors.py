@@ -1,0 +1,135 @@
+"""What all operators share: tensors as NumPy arrays, questions about a call, registration.
+
+Functions and modules call a family's `run`. It goes through the operator where something listens to
+operators (`heard`: a compiler, a tracer, a mode), and else past the dispatcher.
+"""
+
+import numpy as np
+import torch
+from torch import _C, Tensor
+from torch.autograd import Function, forward_ad
+
+FLOATS = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def unsupported(operation, name, tensor):
+    """The error for a tensor that the CPU kernels do not take."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TypeError(
+        f"{operation}: {name} must be float32 or float64 on the CPU, got {dtype} on {tensor.device}"
+    )
+
+
+def array(tensor):
+    """A NumPy view of the tensor, or None."""
+    if tensor is None:
+        return None
+    if not tensor.is_cpu:
+        raise ValueError(f"fastseq: expected all tensors on the CPU, got one on {tensor.device}")
+    return tensor.numpy(force=tensor.requires_grad)
+
+
+def tensor_of(found):
+    """A tensor over the array's memory, or None."""
+    return None if found is None else torch.from_numpy(found)
+
+
+class _Memory:
+    """Describes a tensor's memory to NumPy."""
+
+    __slots__ = ("__array_interface__",)
+
+    def __init__(self, tensor):
+        dtype = FLOATS[tensor.dtype]
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": dtype.str,
+            "shape": tuple(tensor.shape),
+            "strides": None if tensor.is_contiguous() else _byte_strides(tensor),
+            "data": (tensor.data_ptr(), True),
+        }
+
+
+def _byte_strides(tensor):
+    return tuple(stride * tensor.itemsize for stride in tensor.stride())
+
+
+def borrow(cell, weights):
+    """Read-only views of the weights' memory, valid until a weight is moved or freed.
+
+    `Tensor.numpy` would forbid the storage to be resized, which is how FSDP frees parameters.
+    """
+    for w in weights:
+        if w.dtype not in FLOATS or not w.is_cpu:
+            raise unsupported(cell, "every weight", w)
+    return [np.asarray(_Memory(w)) for w in weights]
+
+
+def or_empty(tensor, like):
+    """The tensor, or for None one of no elements: operators return no None."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def differentiated(tensors):
+    """Whether autograd would record a function of these tensors, any of them None."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def heard(tensors):
+    """Whether a compiler, tracer, mode, transform or tensor subclass would see an operator."""
+    return (
+        torch.compiler.is_compiling()
+        or not _PLAIN.issuperset(map(type, tensors))
+        or tensors[0].is_meta
+        or _C._len_torch_dispatch_stack() > 0
+        or _C._functorch.peek_interpreter_stack() is not None
+        or _C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def recorded(*args):
+    """Whether autograd has to see the call. In forward mode it has to, in order to refuse it."""
+    in_reverse_mode = torch.is_grad_enabled() and _C._any_requires_grad(*args)
+    return in_reverse_mode or forward_ad._current_level >= 0
+
+
+def like(a, columns):
+    """What `_attend.like` makes of the array: its shape and order of axes, but for the last."""
+    copied = a.stride(-1) != 1 and not a.is_contiguous()
+    axes = range(a.dim() - 1)
+    order = list(axes) if copied else sorted(axes, key=lambda axis: -a.stride(axis))
+    made = a.new_empty([*(a.shape[axis] for axis in order), columns])
+    return made.permute(*(order.index(axis) for axis in axes), -1)
+
+
+class OnceDifferentiable(Function):
+    """A backward operator under autograd: it runs, and refuses to be differentiated.
+
+    Returns the operator's tensors, those of a list one by one.
+    """
+
+    @staticmethod
+    def forward(ctx, operator, args, *tensors):
+        ctx.name = operator.name()
+        with _C._AutoDispatchBelowAutograd():
+            found = operator(*args)
+        return tuple(t for part in found for t in (part if isinstance(part, list) else (part,)))
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.name}: second derivatives are not implemented")
+
+
+_LIBRARY = torch.library.Library("fastseq", "DEF")  # the operators live as long as it does
+
+
+def register(name, schema, cpu, autograd, fake):
+    """Define torch.ops.fastseq.<name> and return it."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"fastseq::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fastseq, name).default

@@ -1,0 +1,226 @@
+"""Softmax attention over torch tensors, with gradients.
+
+Same names, arguments and results as the NumPy functions of `fastseq`, and torch's own signature
+in `fastseq.torch.attention_sdpa`.
+"""
+
+import torch
+from torch import Tensor
+
+from fastseq.torch._tensors import FLOATS
+from fastseq.torch.attention_ops import run
+
+_CAUSAL = {False: None, True: "top_left", "top_left": "top_left", "bottom_right": "bottom_right"}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_lengths: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+):
+    """Softmax attention; the scores never exist as a whole.
+
+        s_ij = scale * q_i . k_j        then softcap * tanh(s_ij / softcap) if there is one
+        s_ij = s_ij - slope_h * |i + offset - j| + bias_ij
+        lse_i = log sum_j exp(s_ij)      o_i = sum_j exp(s_ij - lse_i) v_j      over the allowed j
+
+    offset = kv_lengths[b] - q_lengths[b] for causal="bottom_right", else 0.
+
+    Args:
+        q: (B, NH, L, D) float32 or float64 on the CPU, any strides.
+        k: (B, NK, S, D); query head h reads head h // (NH // NK).
+        v: (B, NK, S, DV).
+        mask: (B, NH, L, S) bool or what broadcasts to it: True = attend.
+        bias: (B, NH, L, S) or what broadcasts to it, added to the scores; -inf: do not attend.
+        causal: "top_left" (True): j <= i. "bottom_right": j <= i + offset. False: all.
+        window: (left, right) keys on each side of the diagonal, inclusive; None: no limit.
+        q_lengths: (B,) integers in 0..L, or None: all L. Rows past it: o 0, lse -inf.
+        kv_lengths: (B,) integers in 0..S, or None: all S. Keys past it are not read.
+        scale: of the products; None: 1 / sqrt(D).
+        softcap: a bound on the scores, or None.
+        alibi_slopes: (NH,) or (B, NH), see `alibi_slopes`, or None; they have no gradient.
+        dropout_p: probability in 0..1 with which a weight is dropped, the others are scaled up.
+        seed: integer, or an int64 tensor of one; a weight's fate follows from it, b, h, i, j.
+            None: drawn from torch's default generator, once per call, if dropout_p > 0.
+        return_lse: also return lse.
+
+    Returns:
+        o (B, NH, L, DV), axes in memory in q's order; with return_lse o and lse (B, NH, L), the
+        natural logarithm. A row without a key has o 0 and lse -inf. Gradients flow to q, k, v and
+        bias, from lse too.
+
+    Raises:
+        TypeError: an argument is no tensor, q no float32 or float64 on the CPU, a dtype not q's.
+        ValueError: a shape, length or option out of range; the message states both sides.
+        RuntimeError: a second derivative is asked for, or a gradient of alibi_slopes.
+
+    Accuracy: float32 error within 2x of torch's own (3x for gradients), float64 1e-12 relative.
+    Cost: 2 L S (D + DV) FLOP a head, less all tiles without an allowed pair, 2.5 times that again
+        with gradients; o and lse are kept for backward.
+    Equivalent to: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    Source: Vaswani et al., arXiv:1706.03762; Dao, arXiv:2307.08691; Press et al., arXiv:2108.12409.
+    """
+    op = "attention"
+    given = {"bias": bias, "mask": mask, "q_lengths": q_lengths, "kv_lengths": kv_lengths}
+    given |= {"alibi_slopes": alibi_slopes, "seed": _seed(op, dropout_p, seed)}
+    _require_tensors(op, q=q, k=k, v=v)
+    _require_tensors(op, **{name: a for name, a in given.items() if a is not None})
+    numbers = _numbers(op, causal, window, scale, softcap, dropout_p)
+    o, lse = run(op, q, k, v, tuple(given.values()), numbers)
+    return (o, lse) if return_lse else o
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+):
+    """`attention` of each of B sequences by itself, their rows packed without padding.
+
+        o[a:e] = attention(q[a:e], k[c:f], v[c:f])   a, e = cu_seqlens_q[b : b + 2], c, f of k's
+
+    Args:
+        q: (TQ, NH, D) float32 or float64 on the CPU, the rows of all sequences, any strides.
+        k: (TK, NK, D).
+        v: (TK, NK, DV).
+        cu_seqlens_q: (B + 1,) integers from 0 to TQ that do not descend.
+        cu_seqlens_k: (B + 1,) integers from 0 to TK that do not descend.
+        causal: as `attention`, within each sequence.
+        window: as `attention`.
+        scale: as `attention`.
+        softcap: as `attention`.
+        alibi_slopes: (NH,) or (B, NH), or None.
+        dropout_p: as `attention`; the same weights are dropped as in the padded form.
+        seed: as `attention`.
+        return_lse: also return lse.
+
+    Returns:
+        o (TQ, NH, DV), and with return_lse lse (TQ, NH).
+
+    Raises:
+        TypeError, RuntimeError: as `attention`.
+        ValueError: a shape or option out of range, offsets that descend or miss an end.
+
+    Accuracy: the bits of `attention` of each sequence.
+    Cost: as `attention`, the sum over the sequences.
+    Equivalent to: torch.nn.attention.varlen.varlen_attn, which needs a GPU
+    Source: as `attention`.
+    """
+    op = "attention_varlen"
+    given = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    options = {"alibi_slopes": alibi_slopes, "seed": _seed(op, dropout_p, seed)}
+    _require_tensors(op, q=q, k=k, v=v, **given)
+    _require_tensors(op, **{name: a for name, a in options.items() if a is not None})
+    numbers = _numbers(op, causal, window, scale, softcap, dropout_p)
+    o, lse = run(op, q, k, v, (*given.values(), *options.values()), numbers)
+    return (o, lse) if return_lse else o
+
+
+def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys, from the results over each.
+
+        lse = log(exp(lse1) + exp(lse2))        o = exp(lse1 - lse) o1 + exp(lse2 - lse) o2
+
+    Args:
+        o1: (..., DV) float32 or float64, of any leading shape.
+        lse1: (...), natural logarithm; -inf: no key, o1 is not read.
+        o2: (..., DV).
+        lse2: (...).
+
+    Returns:
+        o (..., DV) and lse (...). Gradients, of any order, flow to all four.
+
+    Raises:
+        TypeError: an argument is no tensor, a dtype that is not o1's, or not float32 or float64.
+        ValueError: shapes that do not fit.
+
+    Accuracy: float32 error within 2x of torch's own (3x for gradients), float64 1e-12 relative.
+    Cost: about 8 reads and writes of o, in torch's operators.
+    Equivalent to: o1 * (lse1 - lse).exp()[..., None] + ..., lse = torch.logaddexp(lse1, lse2)
+    Source: Milakov & Gimelshein, arXiv:1805.02867.
+    """
+    op = "merge_attention"
+    _require_tensors(op, o1=o1, lse1=lse1, o2=o2, lse2=lse2)
+    if o1.dtype not in FLOATS:
+        raise TypeError(f"{op}: o1 must be float32 or float64, got {_named(o1.dtype)}")
+    rows = o1.shape[:-1]
+    for name, a, shape in (("lse1", lse1, rows), ("o2", o2, o1.shape), ("lse2", lse2, rows)):
+        if a.dtype != o1.dtype:
+            expected = f"{_named(o1.dtype)} as o1 is"
+            raise TypeError(f"{op}: {name} must be {expected}, got {_named(a.dtype)}")
+        if a.shape != shape:
+            letters = "(...)" if name != "o2" else "(..., DV)"
+            raise ValueError(f"{op}: {name} must be {letters} = {tuple(shape)}, got {(*a.shape,)}")
+    # a row without any key would divide 0 by 0: it runs with logarithms of 0 and is emptied after
+    empty = (lse1 == -torch.inf) & (lse2 == -torch.inf)
+    lse1, lse2 = (a.masked_fill(empty, 0) for a in (lse1, lse2))
+    lse = torch.logaddexp(lse1, lse2)
+    parts = [
+        (a.exp().unsqueeze(-1) * o).masked_fill((a == -torch.inf).unsqueeze(-1), 0)
+        for o, a in ((o1, lse1 - lse), (o2, lse2 - lse))
+    ]
+    o = (parts[0] + parts[1]).masked_fill(empty.unsqueeze(-1), 0)
+    return o, lse.masked_fill(empty, -torch.inf)
+
+
+def _named(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def _require_tensors(op, **arguments):
+    for name, a in arguments.items():
+        if not isinstance(a, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(a).__name__}")
+
+
+def _numbers(op, causal, window, scale, softcap, dropout_p):
+    """The operators' numbers, in the order of attention_ops.NUMBERS."""
+    if causal not in _CAUSAL:
+        expected = "a bool, 'top_left' or 'bottom_right'"
+        raise ValueError(f"{op}: causal must be {expected}, got {causal!r}")
+    if window is not None and (not isinstance(window, (tuple, list)) or len(window) != 2):
+        expected = "(left, right) of integers or None"
+        raise ValueError(f"{op}: window must be {expected}, got {window!r}")
+    left, right = window or (None, None)
+    return _CAUSAL[causal], left, right, scale, softcap, dropout_p
+
+
+def _seed(op, dropout_p, seed):
+    """The seed as a tensor, so that a compiled graph can draw it; None without dropout."""
+    if not dropout_p:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (), device="cpu")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            got = f"{_named(seed.dtype)} {tuple(seed.shape)}"
+            raise ValueError(f"{op}: seed must be an integer or an int64 tensor of one, got {got}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"{op}: dropout needs an integer seed, got {seed!r}")
+    seed %= 2**64
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device="cpu")
