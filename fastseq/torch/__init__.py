@@ -8,11 +8,13 @@ torch.ops.fastseq.lstm                              registered by this import
 
 from fastseq.torch import nn
 from fastseq.torch.attention import attention, attention_varlen, merge_attention
+from fastseq.torch.attention_cache import KVCache
 from fastseq.torch.attention_sdpa import scaled_dot_product_attention
 from fastseq.torch.functional import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from fastseq.torch.position import alibi_slopes, rotary, sinusoidal_positions
 
 __all__ = [
+    "KVCache",
     "alibi_slopes",
     "attention",
     "attention_varlen",

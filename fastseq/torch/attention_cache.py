@@ -1,0 +1,93 @@
+"""Keys and values of decoding, kept as tensors between steps."""
+
+import torch
+from torch import Tensor
+
+from fastseq.torch._tensors import FLOATS
+
+_APPEND = "KVCache.append"
+
+
+class KVCache:
+    """Keys and values of decoding, in memory allocated once; every batch row has its own length.
+
+        attention(q, cache.k, cache.v, kv_lengths=cache.lengths, causal="bottom_right")
+
+    No gradient flows through the cache: what is appended is copied.
+
+    Args:
+        B: batch rows.
+        NK: key/value heads.
+        capacity: the most keys of a row.
+        D: head dim of keys.
+        DV: head dim of values; None: D.
+        dtype: torch.float32 or torch.float64.
+
+    Attributes:
+        k (B, NK, capacity, D), v (B, NK, capacity, DV).
+        lengths (B,) int64: what each row holds.
+    """
+
+    def __init__(
+        self,
+        B: int,
+        NK: int,
+        capacity: int,
+        D: int,
+        DV: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        if dtype not in FLOATS:
+            raise TypeError(f"KVCache: dtype must be torch.float32 or torch.float64, got {dtype}")
+        self.k = torch.zeros(B, NK, capacity, D, dtype=dtype, device="cpu")
+        self.v = torch.zeros(B, NK, capacity, D if DV is None else DV, dtype=dtype, device="cpu")
+        self.lengths = torch.zeros(B, dtype=torch.int64, device="cpu")
+
+    @torch.no_grad()
+    def append(self, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
+        """Write k (B, NK, n, D) and v (B, NK, n, DV) behind what each batch row holds.
+
+        counts (B,): how many of the n each row takes, None for all. Raises TypeError or ValueError,
+        and writes nothing, if an argument does not fit or a row would exceed the capacity.
+        """
+        B, NK, capacity, _ = self.k.shape
+        n = k.shape[2] if k.dim() == 4 else 0
+        for name, given, held in (("k", k, self.k), ("v", v, self.v)):
+            expected = (B, NK, n, held.shape[3])
+            if given.shape != expected:
+                letters = "(B, NK, n, D)" if name == "k" else "(B, NK, n, DV)"
+                got = tuple(given.shape)
+                raise ValueError(f"{_APPEND}: {name} must be {letters} = {expected}, got {got}")
+            if given.dtype != held.dtype:
+                raise TypeError(f"{_APPEND}: {name} must be {held.dtype}, got {given.dtype}")
+        taken = torch.full_like(self.lengths, n) if counts is None else counts
+        self._check_counts(_APPEND, "counts", taken, "0..n", torch.full_like(self.lengths, n))
+        after = self.lengths + taken
+        if after.gt(capacity).any():
+            b = int(after.gt(capacity).nonzero()[0])
+            raise ValueError(
+                f"{_APPEND}: capacity = {capacity}, row {b} holds {self.lengths[b]} "
+                f"and was given {taken[b]}"
+            )
+        b, i = (torch.arange(n) < taken.unsqueeze(1)).nonzero(as_tuple=True)
+        at = self.lengths[b] + i
+        for given, held in ((k, self.k), (v, self.v)):
+            held[b, :, at] = given[b, :, i]
+        self.lengths = after
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget what lies past lengths (B,), of which none exceeds what the row holds."""
+        self._check_counts("KVCache.truncate", "lengths", lengths, "0..held", self.lengths)
+        self.lengths = lengths.to(torch.int64, copy=True)
+
+    def _check_counts(self, op, name, given, letters, most):
+        if given.is_floating_point() or given.dtype == torch.bool:
+            raise TypeError(f"{op}: {name} must be integers, got {given.dtype}")
+        if given.shape != most.shape:
+            got = tuple(given.shape)
+            raise ValueError(f"{op}: {name} must be (B,) = {tuple(most.shape)}, got {got}")
+        outside = (given < 0) | (given > most)
+        if outside.any():
+            b = int(outside.nonzero()[0])
+            expected = f"{letters} = 0..{most[b]}"
+            raise ValueError(f"{op}: {name} must be in {expected}, got {name}[{b}] = {given[b]}")
