@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fastseq.torch
 from fastseq.reference.attention import dropout_keep
 
 from .attention import DROPOUT, LARGE_SCORES, SEED, WINDOW, Case, Problem
-from .families import OURS, Absent, Contender, fastest
+from .families import OURS, Contender, fastest
 from .gate import Results
 
 Attend = Callable[..., torch.Tensor]  # (q, k, v, bias) -> o, the rest of the case bound
@@ -27,7 +28,7 @@ def builders(problem: Problem) -> dict[str, Callable[[], Contender]]:
     """Ours and torch."""
     if problem.case.op == "mha":
         return {
-            OURS: lambda: module(_own_modules(), problem),
+            OURS: lambda: module(fastseq.torch.nn, problem),
             "torch": lambda: module(nn, problem),
         }
     return {
@@ -86,10 +87,6 @@ def math_sdpa(problem: Problem) -> Attend:
 
 def own_attention(problem: Problem) -> Attend:
     """fastseq.torch.attention, each option by the argument made for it."""
-    try:
-        from fastseq.torch import attention
-    except ImportError:
-        raise Absent("fastseq.torch has no attention") from None
     case = problem.case
     settings: dict[str, object] = {"causal": True} if case.causal else {}
     match case.option:
@@ -101,7 +98,7 @@ def own_attention(problem: Problem) -> Attend:
             settings["window"] = (WINDOW, WINDOW)
         case "dropout":
             settings |= {"dropout_p": DROPOUT, "seed": SEED}
-    return lambda q, k, v, bias=None: attention(q, k, v, bias=bias, **settings)
+    return lambda q, k, v, bias=None: fastseq.torch.attention(q, k, v, bias=bias, **settings)
 
 
 def equations(keep: torch.Tensor) -> Attend:
@@ -155,14 +152,6 @@ def _torch_dropout(problem: Problem, dtype: str) -> Results:
     torch.manual_seed(SEED)
     keep = F.dropout(torch.ones(case.B, case.NH, case.L, case.S), DROPOUT) != 0
     return contender(problem, equations(keep), getattr(torch, dtype)).results()
-
-
-def _own_modules():
-    import fastseq.torch.nn
-
-    if not hasattr(fastseq.torch.nn, "MultiheadAttention"):
-        raise Absent("fastseq.torch.nn has no MultiheadAttention")
-    return fastseq.torch.nn
 
 
 def module(namespace, problem: Problem, dtype=torch.float32) -> Contender:
