@@ -6,6 +6,7 @@ in `fastseq.torch.attention_sdpa`.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from fastseq.torch._tensors import FLOATS
 from fastseq.torch.attention_ops import run
@@ -175,15 +176,17 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
         if a.shape != shape:
             letters = "(...)" if name != "o2" else "(..., DV)"
             raise ValueError(f"{op}: {name} must be {letters} = {tuple(shape)}, got {(*a.shape,)}")
-    # a row without any key would divide 0 by 0: it runs with logarithms of 0 and is emptied after
+    # a row without any key would take inf - inf: it runs with logarithms of 0 and is emptied after
     empty = (lse1 == -torch.inf) & (lse2 == -torch.inf)
     lse1, lse2 = (a.masked_fill(empty, 0) for a in (lse1, lse2))
-    lse = torch.logaddexp(lse1, lse2)
-    parts = [
-        (a.exp().unsqueeze(-1) * o).masked_fill((a == -torch.inf).unsqueeze(-1), 0)
-        for o, a in ((o1, lse1 - lse), (o2, lse2 - lse))
-    ]
-    o = (parts[0] + parts[1]).masked_fill(empty.unsqueeze(-1), 0)
+    ahead = lse1 - lse2  # exp(lse1 - lse) = sigmoid(ahead)
+    lse = torch.where(ahead > 0, lse1 - logsigmoid(ahead), lse2 - logsigmoid(-ahead))
+    parts = ((o1, ahead, lse1), (o2, -ahead, lse2))
+    first, second = (
+        (d.sigmoid().unsqueeze(-1) * o).masked_fill((a == -torch.inf).unsqueeze(-1), 0)
+        for o, d, a in parts
+    )
+    o = (first + second).masked_fill(empty.unsqueeze(-1), 0)
     return o, lse.masked_fill(empty, -torch.inf)
 
 
