@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 from torch.nn import functional as F  # noqa: E402
 
 import fastseq.torch as ft  # noqa: E402
+from fastseq.torch import attention_sdpa  # noqa: E402
 
 BOTH = (ft.scaled_dot_product_attention, F.scaled_dot_product_attention)
 B, H, L, S, E = 2, 3, 5, 7, 4
@@ -126,6 +127,20 @@ def test_mask_of_whole_rows():
     args = tensors()
     for mask in (torch.rand(L, 1) < 0.6, additive(L, 1)):
         assert_close(BOTH[0](*args, mask), BOTH[1](*args, mask))
+
+
+def test_what_broadcasts_is_not_expanded(monkeypatch):
+    seen, real = [], attention_sdpa.attention
+
+    def spy(q, k, v, *, mask, **options):
+        seen.append((k.shape[1], v.shape[1], tuple(mask.shape)))
+        return real(q, k, v, mask=mask, **options)
+
+    monkeypatch.setattr(attention_sdpa, "attention", spy)
+    sizes = shapes(2, 3, 4)
+    BOTH[0](*tensors(*sizes), boolean(1, 1, 1, L, S))
+    BOTH[0](*tensors(sizes[0], *((2, 3, 1, *size[-2:]) for size in sizes[1:])), boolean(L, S))
+    assert seen == [(4, 4, (1, 1, L, S)), (1, 1, (1, 1, L, S))]
 
 
 def test_float32_mask_on_float64():
