@@ -69,10 +69,10 @@ class KVCache:
                 f"{_APPEND}: capacity = {capacity}, row {b} holds {self.lengths[b]} "
                 f"and was given {taken[b]}"
             )
-        b, i = (torch.arange(n) < taken.unsqueeze(1)).nonzero(as_tuple=True)
-        at = self.lengths[b] + i
+        row, i = (torch.arange(n) < taken.unsqueeze(1)).nonzero(as_tuple=True)
+        at = self.lengths[row] + i
         for given, held in ((k, self.k), (v, self.v)):
-            held[b, :, at] = given[b, :, i]
+            held[row, :, at] = given[row, :, i]
         self.lengths = after
 
     def truncate(self, lengths: Tensor) -> None:
