@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,30 +48,33 @@ class Options:
 # ---- checks
 
 
-def _check_qkv(op: str, q: Array, k: Array, v: Array, packed: bool) -> None:
+@lru_cache(maxsize=1024)
+def _check_qkv(op: str, packed: bool, *signatures: _check.Signature) -> None:
+    """The shapes and dtypes of q, k, v; remembered where they are right."""
     letters = ("TQ, NH, D", "TK, NK, D", "TK, NK, DV") if packed else (
         "B, NH, L, D", "B, NK, S, D", "B, NK, S, DV")  # fmt: skip
     dtype = None
-    for name, value, shape in zip("qkv", (q, k, v), letters, strict=True):
-        _check.floats(op, name, _check.signature(value), dtype, like="q")
-        _check.rank(op, name, value.shape, shape)
-        dtype = q.dtype
+    for name, sign, shape in zip("qkv", signatures, letters, strict=True):
+        _check.floats(op, name, sign, dtype, like="q")
+        _check.rank(op, name, sign[0], shape)
+        dtype = signatures[0][1]
+    (q, _), (k, _), (v, _) = signatures
+    heads = 1  # the axis before them is B, or none
     if packed:
-        (_, NH, D), (TK, NK, _) = q.shape, k.shape
-        _check.shape(op, "k", k.shape, letters[1], (TK, NK, D))
-        _check.shape(op, "v", v.shape, letters[2], (TK, NK, v.shape[2]))
-    else:
-        (B, NH, _, D), (_, NK, S, _) = q.shape, k.shape
-        _check.shape(op, "k", k.shape, letters[1], (B, NK, S, D))
-        _check.shape(op, "v", v.shape, letters[2], (B, NK, S, v.shape[3]))
+        q, k, v, heads = (1, *q), (1, *k), (1, *v), 2
+    (B, D), (NH, NK) = (q[0], q[3]), (q[heads], k[heads])
+    keys = k[3 - heads]
+    expected = (keys, NK) if packed else (B, NK, keys)
+    _check.shape(op, "k", k[packed:], letters[1], (*expected, D))
+    _check.shape(op, "v", v[packed:], letters[2], (*expected, v[3]))
     if D < 1:
-        raise ValueError(f"{op}: q must have D >= 1, got shape {q.shape}")
+        raise ValueError(f"{op}: q must have D >= 1, got shape {q[packed:]}")
     if NK < 1 or NH % NK:
         raise ValueError(f"{op}: NH must be a multiple of NK, got NH = {NH}, NK = {NK}")
 
 
 def _window(op: str, window) -> tuple[int, int]:
-    if window is None:
+    if window is None or window == (None, None):
         return NO_LIMIT, NO_LIMIT
     try:
         left, right = (NO_LIMIT if n is None else operator.index(n) for n in window)
@@ -99,7 +103,7 @@ def _pairs(op: str, name: str, value, sizes: tuple, dtype) -> Array | None:
         return None
     if not isinstance(value, np.ndarray) or value.dtype != dtype:
         got = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-        raise TypeError(f"{op}: {name} must be a NumPy array of {np.dtype(dtype)!s}, got {got!s}")
+        raise TypeError(f"{op}: {name} must be an array of {np.dtype(dtype)!s}, got {got!s}")
     _check.broadcasts(op, name, value.shape, "B, NH, L, S", sizes)
     return np.broadcast_to(elements(value), sizes)
 
@@ -124,7 +128,12 @@ def _positive(op: str, name: str, value) -> float:
 
 def _lengths(op: str, name: str, value, B: int, most: tuple[str, int]) -> Array:
     found = _check.counts(op, name, value, ("B", B), most)
-    return np.full(B, most[1], np.int64) if found is None else found
+    return _all(B, most[1]) if found is None else found
+
+
+@lru_cache(maxsize=256)
+def _all(B: int, n: int) -> Array:
+    return np.full(B, n, np.int64)
 
 
 # ---- a call
@@ -132,7 +141,8 @@ def _lengths(op: str, name: str, value, B: int, most: tuple[str, int]) -> Array:
 
 def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> Attention:
     """Checked arguments as the kernels take them, without outputs."""
-    _check_qkv(op, q, k, v, given.packed)
+    signatures = (_check.signature(a) or _check.NOTHING for a in (q, k, v))
+    _check_qkv(op, given.packed, *signatures)
     first: tuple = (None, None)
     if given.packed:
         cu_q = _check.offsets(op, "cu_seqlens_q", given.cu_seqlens_q, ("TQ", len(q)))
@@ -179,9 +189,12 @@ def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> Attention:
 
 def like(a: Array, columns: int, make: Callable[..., Array] = np.empty) -> Array:
     """An array of a's shape and order of axes in memory, but for the size of its last axis."""
-    order = sorted(range(a.ndim - 1), key=lambda axis: -abs(a.strides[axis]))
+    if a.flags.c_contiguous:
+        return make((*a.shape[:-1], columns), a.dtype)
+    axes = range(a.ndim - 1)
+    order = sorted(axes, key=lambda axis: -abs(a.strides[axis]))
     made = make((*(a.shape[axis] for axis in order), columns), a.dtype)
-    return made.transpose(*np.argsort(order), a.ndim - 1)
+    return made.transpose(*(order.index(axis) for axis in axes), a.ndim - 1)
 
 
 def _as_given(a: Array, packed: bool) -> Array:
@@ -238,7 +251,8 @@ def backward(
         dbias = np.zeros(given.bias.shape, q.dtype)
         call.dbias = _writable_view(dbias, call.bias.shape)
     _dispatch.kernels("attention", q.dtype).backward(call, _dispatch.get_num_threads())
-    return *(_as_given(a, given.packed) for a in (call.dq, call.dk, call.dv)), dbias
+    dq, dk, dv = (_as_given(a, given.packed) for a in (call.dq, call.dk, call.dv))
+    return dq, dk, dv, dbias
 
 
 def _writable_view(a: Array, shape: tuple) -> Array:

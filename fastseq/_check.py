@@ -13,6 +13,9 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 Signature = tuple[tuple[int, ...], np.dtype | type]
 
 
+NOTHING: Signature = ((), type(None))  # that of a None which may not be one
+
+
 def signature(value) -> Signature | None:
     """All that the checks need to know of an argument."""
     if value is None:
