@@ -1,0 +1,150 @@
+"""Passes over many arrays at once, for gradient clipping: norms, scaling, limiting.
+
+    squares  sum x^2      absolutes  sum |x|      powers  sum |x|^p      largest  max |x|
+    scale    x <- c x     limit      x <- min(max(x, -c), c)
+
+Arrays are cut into blocks of BLOCK elements; a task is one block, and threads draw tasks. A block's
+sum is float64 and goes to partials[task], so the order of summation follows from sizes alone.
+`scale` takes the blocks from the last to the first: those read last are still in the cache.
+1 read of memory for a norm (2 FLOP an element), 1 read and 1 write for scaling and limiting.
+Source: Pascanu, Mikolov & Bengio, arXiv:1211.5063.
+"""
+
+from functools import cache
+
+import numpy as np
+from fastseq.kernels.numba import native
+from fastseq.kernels.numba.native import OPTIONS, at, take
+from numba import carray, njit
+
+BLOCK = 1 << 14  # elements: small enough to share out, large against the 5 ns of drawing a task
+SMALL = 1 << 15  # elements that one thread does in less time than it takes to wake a second
+SQUARES, ABSOLUTES, POWERS, LARGEST, SCALE, LIMIT = range(6)
+
+# table: (3, arrays) int64, the addresses, sizes and first tasks; partials: (tasks,) float64.
+_NUMBERS = ("kind", "itemsize", "arrays", "tasks", "table", "partials", "counter")
+JOB = np.dtype([(name, np.int64) for name in _NUMBERS] + [("c", np.float64)])
+_INT, _SUM = np.int64(0), np.float64(0)
+
+# The additions of a block may be vectorised; nothing is assumed of NaN and infinity.
+_SUMS = OPTIONS | {"fastmath": {"reassoc"}}
+
+
+@njit(**_SUMS)
+def _squares(x, n):
+    total = 0.0
+    for i in range(n):
+        total += np.float64(x[i]) * np.float64(x[i])
+    return total
+
+
+@njit(**_SUMS)
+def _absolutes(x, n):
+    total = 0.0
+    for i in range(n):
+        total += abs(np.float64(x[i]))
+    return total
+
+
+@njit(**_SUMS)
+def _powers(x, n, p):
+    total = 0.0
+    for i in range(n):
+        total += abs(np.float64(x[i])) ** p
+    return total
+
+
+@njit(**OPTIONS)
+def _largest(x, n):
+    """NaN if there is one."""
+    found, nan = abs(x[0]), False
+    for i in range(n):
+        a = abs(x[i])
+        found = a if a > found else found
+        nan |= a != a
+    return np.nan if nan else np.float64(found)
+
+
+@njit(**OPTIONS)
+def _scale(x, n, c):
+    for i in range(n):
+        x[i] *= c
+
+
+@njit(**OPTIONS)
+def _limit(x, n, c):
+    """A NaN stays."""
+    for i in range(n):
+        low = -c if x[i] < -c else x[i]
+        x[i] = c if low > c else low
+
+
+@njit(**OPTIONS)
+def _block(job, task):
+    """The array of a task, by bisection, and which of its elements are the task's."""
+    first_tasks, low, high = at(job.table + 16 * job.arrays, _INT), 0, job.arrays
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first_tasks[middle] <= task:
+            low = middle
+        else:
+            high = middle
+    start = (task - first_tasks[low]) * BLOCK
+    return low, start, min(BLOCK, at(job.table + 8 * job.arrays, _INT)[low] - start)
+
+
+@njit(**OPTIONS)
+def _pass(job, like):
+    kind, c = job.kind, type(like)(job.c)
+    partials = at(job.partials, _SUM)
+    drawn = take(job.counter)
+    while drawn < job.tasks:
+        task = job.tasks - 1 - drawn if kind == SCALE else drawn
+        array, start, n = _block(job, task)
+        x = at(at(job.table, _INT)[array] + start * job.itemsize, like)
+        if kind == SQUARES:
+            partials[task] = _squares(x, n)
+        elif kind == ABSOLUTES:
+            partials[task] = _absolutes(x, n)
+        elif kind == POWERS:
+            partials[task] = _powers(x, n, job.c)
+        elif kind == LARGEST:
+            partials[task] = _largest(x, n)
+        elif kind == SCALE:
+            _scale(x, n, c)
+        else:
+            _limit(x, n, c)
+        drawn = take(job.counter)
+
+
+def pass_f32(job):
+    """All tasks of a job over float32 arrays."""
+    _pass(carray(job, 1, JOB)[0], np.float32(0))
+
+
+def pass_f64(job):
+    """The same over float64 arrays."""
+    _pass(carray(job, 1, JOB)[0], np.float64(0))
+
+
+@cache
+def _kernels(itemsize):
+    return native.compile_all("gradient clipping", (pass_f32, pass_f64))[itemsize == 8]
+
+
+def run(kind, itemsize, addresses, sizes, c, threads):
+    """Pass over the arrays once; the results of a norm's blocks, in order.
+
+    addresses, sizes: of each array its first element and how many follow each other from there, at
+    least 1. c: p of POWERS, the factor of SCALE, the limit of LIMIT.
+    """
+    table = np.array((addresses, sizes, sizes), np.int64)
+    elements = int(table[1].sum())
+    ends = np.cumsum(-(table[1] // -BLOCK))
+    table[2, 0], table[2, 1:] = 0, ends[:-1]
+    tasks = int(ends[-1])
+    partials, counter = np.empty(tasks), np.zeros(1, np.int64)
+    where = [native.address(a) for a in (table, partials, counter)]
+    job = np.array((kind, itemsize, len(sizes), tasks, *where, c), JOB)
+    native.run(_kernels(itemsize), job, threads if elements >= SMALL else 1)
+    return partials

@@ -1,0 +1,206 @@
+"""Linear recurrences, many columns side by side: h_t = a_t * h_{t-1} + b_t, and the gradients.
+
+g_t = dh_t + a_{t+1} g_{t+1}    db_t = g_t    da_t = g_t * h_{t-1}    dh0 = a_0 g_0
+
+A task is a tile of the columns (b, c), streamed over time: a step is a vector loop, and the state
+is the row written last, still in L1. Traffic: 3 arrays forward (2 FLOP a number), 5 backward (3).
+Multiplication and addition are not fused: the same bits on every CPU, thread count and tile. Few
+columns over many steps go to linear_scan_chunks.py.
+"""
+
+from functools import cache
+
+import numpy as np
+from fastseq.kernels.numba import native
+from fastseq.kernels.numba.native import OPTIONS, at, take
+from numba import carray, njit
+
+TILE_BYTES = 8192  # of a step's row: state, a, b and h fit into L1
+CACHE_LINE = 64
+SMALL = 1 << 14  # numbers that one thread has done before a second one is awake
+
+_SEQUENCES = dict.fromkeys(("a", "b", "h", "dh", "da", "db"), "tb")
+_STATES = dict.fromkeys(("h0", "h_n", "dh_n", "dh0"), "b")
+_NUMBERS = ("T", "B", "C", "itemsize", "reverse", "tile", "lengths", "resets")
+JOB = native.record(*_NUMBERS, **_SEQUENCES, **_STATES)
+_INT, _BYTE = np.int64(0), np.uint8(0)
+
+
+@njit(**OPTIONS)
+def _steps(job, b):
+    """Row b's steps, the time of the first in scan order, and what leads to the next."""
+    steps = at(job.lengths, _INT)[b] if job.lengths else job.T
+    return (steps, steps - 1, -1) if job.reverse else (steps, 0, 1)
+
+
+@njit(**OPTIONS)
+def _reset(job, t, b):
+    return job.resets != 0 and at(job.resets, _BYTE)[t * job.B + b] != 0
+
+
+@njit(**OPTIONS)
+def _fill(a, n, zero):
+    for i in range(n):
+        a[i] = zero
+
+
+@njit(**OPTIONS)
+def _forward_tile(job, b, c, n, like):
+    """Columns c to c + n of row b."""
+    steps, t, turn = _steps(job, b)
+    c *= job.itemsize
+    a_b, b_b, h_b = job.a + b * job.a_b + c, job.b + b * job.b_b + c, job.h + b * job.h_b + c
+    last = at(job.h0 + b * job.h0_b + c, like)
+    for _ in range(steps):
+        a, x = at(a_b + t * job.a_t, like), at(b_b + t * job.b_t, like)
+        h = at(h_b + t * job.h_t, like)
+        if _reset(job, t, b):
+            for i in range(n):
+                h[i] = x[i]
+        else:
+            for i in range(n):
+                h[i] = a[i] * last[i] + x[i]
+        last = h
+        t += turn
+    h_n = at(job.h_n + b * job.h_n_b + c, like)
+    for i in range(n):
+        h_n[i] = last[i]
+    for pad in range(steps, job.T):
+        _fill(at(h_b + pad * job.h_t, like), n, like)
+
+
+@njit(**OPTIONS)
+def _backward_tile(job, b, c, n, like):
+    """Columns c to c + n of row b."""
+    steps, first, turn = _steps(job, b)
+    c *= job.itemsize
+    a_b, h_b, dh_b = job.a + b * job.a_b + c, job.h + b * job.h_b + c, job.dh + b * job.dh_b + c
+    da_b, db_b = job.da + b * job.da_b + c, job.db + b * job.db_b + c
+    h0 = at(job.h0 + b * job.h0_b + c, like)
+    g = at(job.dh_n + b * job.dh_n_b + c, like)
+    a, last, reset = g, True, False  # of the step after
+    for s in range(steps - 1, -1, -1):
+        t = first + s * turn
+        dh, db = at(dh_b + t * job.dh_t, like), at(db_b + t * job.db_t, like)
+        if last:
+            for i in range(n):
+                db[i] = g[i] + dh[i]
+        elif reset:
+            for i in range(n):
+                db[i] = dh[i]
+        else:
+            for i in range(n):
+                db[i] = a[i] * g[i] + dh[i]
+        before = at(h_b + (t - turn) * job.h_t, like) if s else h0
+        a, da, g = at(a_b + t * job.a_t, like), at(da_b + t * job.da_t, like), db
+        last, reset = False, _reset(job, t, b)
+        if reset:
+            _fill(da, n, like)
+        else:
+            for i in range(n):
+                da[i] = g[i] * before[i]
+    dh0 = at(job.dh0 + b * job.dh0_b + c, like)
+    if last:
+        for i in range(n):
+            dh0[i] = g[i]
+    elif reset:
+        _fill(dh0, n, like)
+    else:
+        for i in range(n):
+            dh0[i] = a[i] * g[i]
+    for pad in range(steps, job.T):
+        _fill(at(da_b + pad * job.da_t, like), n, like)
+        _fill(at(db_b + pad * job.db_t, like), n, like)
+
+
+@njit(**OPTIONS)
+def _task(job):
+    """The next tile: row, first column, columns; no columns at the end."""
+    tiles = (job.C + job.tile - 1) // job.tile
+    task = take(job.counter)
+    if task >= job.B * tiles:
+        return 0, 0, 0
+    c = task % tiles * job.tile
+    return task // tiles, c, min(job.tile, job.C - c)
+
+
+@njit(**OPTIONS)
+def _forward(job, like):
+    b, c, n = _task(job)
+    while n:
+        _forward_tile(job, b, c, n, like)
+        b, c, n = _task(job)
+
+
+@njit(**OPTIONS)
+def _backward(job, like):
+    b, c, n = _task(job)
+    while n:
+        _backward_tile(job, b, c, n, like)
+        b, c, n = _task(job)
+
+
+def forward_f32(job):
+    _forward(carray(job, 1, JOB)[0], np.float32(0))
+
+
+def forward_f64(job):
+    _forward(carray(job, 1, JOB)[0], np.float64(0))
+
+
+def backward_f32(job):
+    _backward(carray(job, 1, JOB)[0], np.float32(0))
+
+
+def backward_f64(job):
+    _backward(carray(job, 1, JOB)[0], np.float64(0))
+
+
+@cache
+def _kernels(itemsize):
+    """The kernels forward and backward."""
+    functions = {4: (forward_f32, backward_f32), 8: (forward_f64, backward_f64)}[itemsize]
+    return native.compile_all(f"linear_scan for {8 * itemsize}-bit numbers", functions)
+
+
+def forward(a, b, h, h0, h_n, lengths, resets, reverse, threads):
+    """Write h (T, B, C) and h_n (B, C).
+
+    a, b, h: any strides over t and b, consecutive elements in c. h0, h_n (B, C), lengths (B,) int64
+    or None, resets (T, B) bool or None: in C order.
+    """
+    sequences = (a, b, h, None, None, None)
+    _run(0, sequences, (h0, h_n, None, None), lengths, resets, reverse, threads)
+
+
+def backward(a, h, dh, da, db, h0, dh_n, dh0, lengths, resets, reverse, threads):
+    """Write da, db (T, B, C) and dh0 (B, C) from dh (T, B, C) and dh_n (B, C); as in `forward`."""
+    sequences = (a, None, h, dh, da, db)
+    _run(1, sequences, (h0, None, dh_n, dh0), lengths, resets, reverse, threads)
+
+
+def _run(which, sequences, states, lengths, resets, reverse, threads):
+    T, B, C = sequences[0].shape
+    itemsize = sequences[0].itemsize
+    kernel = _kernels(itemsize)[which]
+    threads = 1 if T * B * C < SMALL else threads
+    if lengths is None and resets is None and all(_joined(s) for s in sequences):
+        B, C = 1, B * C  # one long row
+    masks = [0 if m is None else native.address(m) for m in (lengths, resets)]
+    numbers = (T, B, C, itemsize, reverse, _tile(B, C, itemsize, threads))
+    arrays = [(s, 2) for s in sequences] + [(s, 1) for s in states]
+    native.run(kernel, native.job((*numbers, *masks), arrays), threads)
+
+
+def _joined(sequence):
+    """Whether the columns (b, c) of a step follow each other in memory."""
+    if sequence is None or sequence.shape[1] == 1:
+        return True
+    return sequence.strides[1] == sequence.shape[2] * sequence.itemsize
+
+
+def _tile(B, C, itemsize, threads):
+    """Columns of a task: whole cache lines, a task for every thread, and not more than fit."""
+    line = CACHE_LINE // itemsize
+    tasks = max(-(-threads // max(B, 1)), -(-C * itemsize // TILE_BYTES), 1)
+    return max(-(-C // (tasks * line)) * line, 1)
