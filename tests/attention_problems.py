@@ -7,6 +7,7 @@ torch is imported on first use only.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import numpy as np
 from problems import Drawn, Result, cast
@@ -14,6 +15,41 @@ from problems import Drawn, Result, cast
 from fastseq.reference import attention as reference
 
 SEED = 0x9E1D_5C3A_7B24_F806  # above 2^63: every bit of the seed is used
+
+# Fields of an AttentionProblem: each option alone, and one with all of them
+OPTIONS = [
+    {"causal": True},
+    {"causal": "top_left"},
+    {"causal": "bottom_right"},
+    {"window": (2, 1)},
+    {"window": (None, 0)},
+    {"window": (1, None)},
+    {"mask": "BxNHxLxS"},
+    {"mask": "Bx1x1xS"},
+    {"bias": "BxNHxLxS"},
+    {"bias": "LxS"},
+    {"bias": "NHxLx1"},
+    {"ragged": "q"},
+    {"ragged": "kv"},
+    {"ragged": "qkv"},
+    {"scale": -0.4},
+    {"softcap": 0.8},
+    {"alibi": "NH"},
+    {"alibi": "BxNH"},
+    {"dropout_p": 0.3},
+    {"NH": 6, "NK": 2},
+    {"NH": 4, "NK": 1},
+]
+ALL_OPTIONS = {
+    **{"B": 5, "NH": 4, "NK": 2, "causal": "bottom_right", "window": (4, 1), "ragged": "qkv"},
+    **{"mask": "BxNHxLxS", "bias": "NHxLxS", "scale": 0.9, "softcap": 2.5, "alibi": "BxNH"},
+    "dropout_p": 0.2,
+}
+
+
+def option_pairs():
+    """Fields that turn two of OPTIONS on, for all that do not exclude each other."""
+    return [a | b for a, b in combinations(OPTIONS, 2) if not a.keys() & b.keys()]
 
 
 @dataclass(frozen=True)
@@ -89,15 +125,19 @@ class AttentionProblem(Drawn):
         options |= {"scale": self.scale, "softcap": self.softcap}
         if self.mask:
             mask = rng.random(self._shape(self.mask)) < 0.75
-            mask[..., self.L // 2 : self.L // 2 + (mask.shape[-2] > 1), :] = False
+            if mask.ndim > 1 and mask.shape[-2] > 1:
+                mask[..., self.L // 2, :] = False
             options["mask"] = mask
         for name, size in {"q": self.L, "kv": self.S}.items():
             first = [size // 2, size, 0, min(1, size)]
             if name in {"q": ["q"], "kv": ["kv"], "qkv": ["q", "kv"]}.get(self.ragged, []):
                 drawn = [*first, *rng.integers(0, size + 1, self.B)][: self.B]
-                options[f"{name}_lengths"] = np.array(drawn[::-1] if name == "q" else drawn)
+                options[f"{name}_lengths"] = np.array(
+                    drawn[::-1] if name == "q" else drawn, dtype=int
+                )
         if self.alibi:
-            options["alibi_slopes"] = rng.uniform(0.05, 1, self._shape(self.alibi))
+            slopes = rng.uniform(0.05, 1, self._shape(self.alibi))
+            options["alibi_slopes"] = slopes.astype(self.dtype)
         if self.dropout_p:
             options |= {"dropout_p": self.dropout_p, "seed": SEED}
         return options

@@ -41,16 +41,20 @@ def solve(problem):
     return Result(outputs, pullback(problem.cotangents))
 
 
-def peer_of(problem):
+def on_one_thread(solve, problem):
     """torch's Result on one thread: problems of this size a second one only slows."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return solve_torch(problem)
+        return solve(problem)
     finally:
         torch.set_num_threads(threads)
+
+
+def peer_of(problem):
+    return on_one_thread(solve_torch, problem)
 
 
 def judge(problem):

@@ -1,44 +1,23 @@
 """The reference of attention: against torch, finite differences, and its own contract."""
 
-from itertools import combinations, cycle, product
+from itertools import cycle, product
 
 import numpy as np
 import pytest
-from attention_problems import AttentionProblem, solve_reference, solve_torch
+from attention_problems import (
+    ALL_OPTIONS,
+    OPTIONS,
+    AttentionProblem,
+    option_pairs,
+    solve_reference,
+    solve_torch,
+)
 from finite_differences import assert_gradients_are_those_of
 from problems import cast
 from tolerance import assert_all_close, assert_close
 
 from fastseq.reference import attention as reference
 
-OPTIONS = [
-    {"causal": True},
-    {"causal": "top_left"},
-    {"causal": "bottom_right"},
-    {"window": (2, 1)},
-    {"window": (None, 0)},
-    {"window": (1, None)},
-    {"mask": "BxNHxLxS"},
-    {"mask": "Bx1x1xS"},
-    {"bias": "BxNHxLxS"},
-    {"bias": "LxS"},
-    {"bias": "NHxLx1"},
-    {"ragged": "q"},
-    {"ragged": "kv"},
-    {"ragged": "qkv"},
-    {"scale": -0.7},
-    {"softcap": 0.8},
-    {"alibi": "NH"},
-    {"alibi": "BxNH"},
-    {"dropout_p": 0.3},
-    {"NH": 6, "NK": 2},
-    {"NH": 4, "NK": 1},
-]
-ALL_OPTIONS = {
-    **{"B": 5, "NH": 4, "NK": 2, "causal": "bottom_right", "window": (4, 1), "ragged": "qkv"},
-    **{"mask": "BxNHxLxS", "bias": "NHxLxS", "scale": 0.9, "softcap": 2.5, "alibi": "BxNH"},
-    "dropout_p": 0.2,
-}
 EDGES = [
     AttentionProblem(B=1, NH=1, NK=1, L=1, S=1, D=1, DV=1),
     AttentionProblem(B=1, NH=2, NK=1, L=1, S=13, D=8, DV=1, causal="bottom_right"),
@@ -47,11 +26,7 @@ EDGES = [
 ]
 SIZES = [{"L": 5, "S": 7}, {"L": 7, "S": 5}, {"L": 6, "S": 6}]  # whatever is aligned differs
 SINGLES = [a | size for a, size in product([{}, *OPTIONS, ALL_OPTIONS], SIZES)]
-PAIRS = [
-    a | b | size  # the sizes in turn
-    for (a, b), size in zip(combinations(OPTIONS, 2), cycle(SIZES), strict=False)
-    if not a.keys() & b.keys()
-]
+PAIRS = [a | size for a, size in zip(option_pairs(), cycle(SIZES), strict=False)]
 
 
 # Against torch
