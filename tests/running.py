@@ -73,6 +73,29 @@ def assert_same_bits(ours, expected):
         assert not len(differ), f"{name}{list(a.shape)}: {len(differ)} differ, at {differ[0]}"
 
 
+class PoisonedNumpy:
+    """numpy whose `empty` is full of NaN and stands between guards that must stay as they are."""
+
+    GUARD, GUARD_VALUE = 64, 12345.0
+
+    def __init__(self):
+        self.blocks = []
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def empty(self, shape, dtype):
+        n = int(np.prod(shape))
+        block = np.full(n + 2 * self.GUARD, self.GUARD_VALUE, dtype)
+        block[self.GUARD : self.GUARD + n] = np.nan
+        self.blocks.append((block, n))
+        return block[self.GUARD : self.GUARD + n].reshape(shape)
+
+    def assert_guards(self):
+        for block, n in self.blocks:
+            assert (np.delete(block, slice(self.GUARD, self.GUARD + n)) == self.GUARD_VALUE).all()
+
+
 def python(code, *arguments, env=None, timeout=120):
     """What `code` prints in a process of its own, which has to succeed; env adds variables."""
     unset = {"FASTSEQ_CPU", "FASTSEQ_NUM_THREADS", "OMP_NUM_THREADS"}

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 from problems import CELLS, Problem, forward, solve_reference
-from running import assert_same_bits, solve
+from running import PoisonedNumpy, assert_same_bits, solve
 from tolerance import assert_close
 
 import fastseq
@@ -198,29 +198,6 @@ def test_broadcast_input(problem):
     assert_same_bits(
         results(problem.having(inputs={"x": x})), results(problem.having(inputs={"x": x.copy()}))
     )
-
-
-class PoisonedNumpy:
-    """numpy whose `empty` is full of NaN and stands between guards that must stay as they are."""
-
-    GUARD, GUARD_VALUE = 64, 12345.0
-
-    def __init__(self):
-        self.blocks = []
-
-    def __getattr__(self, name):
-        return getattr(np, name)
-
-    def empty(self, shape, dtype):
-        n = int(np.prod(shape))
-        block = np.full(n + 2 * self.GUARD, self.GUARD_VALUE, dtype)
-        block[self.GUARD : self.GUARD + n] = np.nan
-        self.blocks.append((block, n))
-        return block[self.GUARD : self.GUARD + n].reshape(shape)
-
-    def assert_guards(self):
-        for block, n in self.blocks:
-            assert (np.delete(block, slice(self.GUARD, self.GUARD + n)) == self.GUARD_VALUE).all()
 
 
 @pytest.mark.parametrize("masks", [{}, MASKS | {"reverse": True}], ids=["full", "masks"])
