@@ -21,7 +21,7 @@ from fastseq.kernels.cpu.contract import CAUSAL, NO_LIMIT, Attention
 Array = np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Options:
     """The arguments of `attention` and `attention_varlen` beside q, k, v and return_lse."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastseq.torch._tensors import FLOATS
-from fastseq.torch.attention_ops import run
+from fastseq.torch.attention_ops import TENSORS, run
 
 _CAUSAL = {False: None, True: "top_left", "top_left": "top_left", "bottom_right": "bottom_right"}
 
@@ -75,12 +75,11 @@ def attention(
     Source: Vaswani et al., arXiv:1706.03762; Dao, arXiv:2307.08691; Press et al., arXiv:2108.12409.
     """
     op = "attention"
-    given = {"bias": bias, "mask": mask, "q_lengths": q_lengths, "kv_lengths": kv_lengths}
-    given |= {"alibi_slopes": alibi_slopes, "seed": _seed(op, dropout_p, seed)}
-    _require_tensors(op, q=q, k=k, v=v)
-    _require_tensors(op, **{name: a for name, a in given.items() if a is not None})
+    drawn = _seed(op, dropout_p, seed)
+    tensors = (bias, mask, q_lengths, kv_lengths, alibi_slopes, drawn)  # as TENSORS[op]
+    _require_tensors(op, q, k, v, tensors)
     numbers = _numbers(op, causal, window, scale, softcap, dropout_p)
-    o, lse = run(op, q, k, v, tuple(given.values()), numbers)
+    o, lse = run(op, q, k, v, tensors, numbers)
     return (o, lse) if return_lse else o
 
 
@@ -132,12 +131,11 @@ def attention_varlen(
     Source: as `attention`.
     """
     op = "attention_varlen"
-    given = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    options = {"alibi_slopes": alibi_slopes, "seed": _seed(op, dropout_p, seed)}
-    _require_tensors(op, q=q, k=k, v=v, **given)
-    _require_tensors(op, **{name: a for name, a in options.items() if a is not None})
+    drawn = _seed(op, dropout_p, seed)
+    tensors = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, drawn)  # as TENSORS[op]
+    _require_tensors(op, q, k, v, tensors)
     numbers = _numbers(op, causal, window, scale, softcap, dropout_p)
-    o, lse = run(op, q, k, v, (*given.values(), *options.values()), numbers)
+    o, lse = run(op, q, k, v, tensors, numbers)
     return (o, lse) if return_lse else o
 
 
@@ -165,7 +163,8 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
     Source: Milakov & Gimelshein, arXiv:1805.02867.
     """
     op = "merge_attention"
-    _require_tensors(op, o1=o1, lse1=lse1, o2=o2, lse2=lse2)
+    for name, a in {"o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}.items():
+        _require_tensor(op, name, a)
     if o1.dtype not in FLOATS:
         raise TypeError(f"{op}: o1 must be float32 or float64, got {_named(o1.dtype)}")
     rows = o1.shape[:-1]
@@ -194,10 +193,20 @@ def _named(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def _require_tensors(op, **arguments):
-    for name, a in arguments.items():
-        if not isinstance(a, Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(a).__name__}")
+def _require_tensor(op, name, a):
+    if not isinstance(a, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(a).__name__}")
+
+
+def _require_tensors(op, q, k, v, tensors):
+    """q, k, v are tensors, the others too where the operator's schema does not allow None."""
+    if type(q) is type(k) is type(v) is Tensor and all(a is None for a in tensors):
+        return
+    for name, a in {"q": q, "k": k, "v": v}.items():
+        _require_tensor(op, name, a)
+    for (name, kind), a in zip(TENSORS[op].items(), tensors, strict=True):
+        if a is not None or kind == "Tensor":
+            _require_tensor(op, name, a)
 
 
 def _numbers(op, causal, window, scale, softcap, dropout_p):

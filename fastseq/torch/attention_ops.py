@@ -77,18 +77,18 @@ def run(op, q, k, v, tensors, numbers):
 
 
 def _options(op, tensors, numbers):
-    given = dict(zip(TENSORS[op], map(array, tensors), strict=True))
     causal, left, right, scale, softcap, dropout_p = numbers
-    if given["seed"] is not None:
-        given["seed"] = given["seed"].item()
-    return Options(
-        **given,
+    given = Options(
         causal=causal or False,
         window=(left, right),
         scale=scale,
         softcap=softcap,
         dropout_p=dropout_p,
     )
+    for name, tensor in zip(TENSORS[op], tensors, strict=True):
+        if tensor is not None:
+            setattr(given, name, tensor.item() if name == "seed" else array(tensor))
+    return given
 
 
 def _forward(op, inputs, numbers):
