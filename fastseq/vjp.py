@@ -12,6 +12,7 @@ from fastseq import _attend, _stack, recurrent
 from fastseq._attend import Options
 from fastseq._stack import Spec
 from fastseq.attention import attention, attention_varlen
+from fastseq.linear_scan import linear_scan, linear_scan_vjp, min_gru, min_lstm, min_vjp
 from fastseq.position import rotary
 
 
@@ -75,11 +76,17 @@ def _rotary(fn: Callable, given: dict) -> tuple[Any, Callable]:
     return fn(**given), pullback
 
 
+def _linear_scan(fn: Callable, given: dict) -> tuple[Any, Callable]:
+    """Outputs and pullback of a linear recurrence, or of a cell built on it."""
+    return linear_scan_vjp(given) if fn is linear_scan else min_vjp(fn.__name__, given)
+
+
 _WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
 _SCANS = (recurrent.rnn, recurrent.gru, recurrent.lstm)
 _STEPS = (recurrent.rnn_cell, recurrent.gru_cell, recurrent.lstm_cell)
 _RULES: dict[Callable, Callable] = dict.fromkeys((*_SCANS, *_STEPS), _recurrent)
 _RULES |= {attention: _attention, attention_varlen: _attention, rotary: _rotary}
+_RULES |= dict.fromkeys((linear_scan, min_gru, min_lstm), _linear_scan)
 
 
 def vjp(fn: Callable, *args, **kwargs) -> tuple:
@@ -92,7 +99,7 @@ def vjp(fn: Callable, *args, **kwargs) -> tuple:
 
     Args:
         fn: one of fastseq's rnn, gru, lstm, rnn_cell, gru_cell, lstm_cell, attention,
-            attention_varlen, rotary.
+            attention_varlen, rotary, linear_scan, min_gru, min_lstm.
         args: its arguments.
         kwargs: its keyword arguments.
 

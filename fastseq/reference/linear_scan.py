@@ -61,8 +61,7 @@ def _linear(x, w, bias):
 
 def _linear_vjp(x, w, dy):
     """dx, dw, dbias"""
-    rows = dy.reshape(-1, dy.shape[-1])
-    return dy @ w, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(axis=0)
+    return dy @ w, np.einsum("tbh,tbi->hi", dy, x), dy.sum(axis=(0, 1))
 
 
 def _active(x, lengths):

@@ -13,9 +13,20 @@ from torch.nn.utils.rnn import PackedSequence
 from fastseq._stack import Spec
 from fastseq.torch._weights import PackedWeights
 from fastseq.torch.attention_nn import MultiheadAttention
+from fastseq.torch.linear_scan_nn import MinGRU, MinLSTM
 from fastseq.torch.ops import run, run_step
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "MinGRU",
+    "MinLSTM",
+    "MultiheadAttention",
+    "RNNCell",
+]
 
 _States = Tensor | tuple[Tensor, Tensor]
 
