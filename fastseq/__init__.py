@@ -3,6 +3,7 @@
 from fastseq._dispatch import get_num_threads, set_num_threads
 from fastseq.attention import KVCache, attention, attention_varlen, merge_attention
 from fastseq.info import show_config
+from fastseq.linear_scan import linear_scan, min_gru, min_lstm
 from fastseq.position import alibi_slopes, rotary, sinusoidal_positions
 from fastseq.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from fastseq.vjp import vjp
@@ -15,9 +16,12 @@ __all__ = [
     "get_num_threads",
     "gru",
     "gru_cell",
+    "linear_scan",
     "lstm",
     "lstm_cell",
     "merge_attention",
+    "min_gru",
+    "min_lstm",
     "rnn",
     "rnn_cell",
     "rotary",

@@ -11,6 +11,7 @@ from fastseq.torch.attention import attention, attention_varlen, merge_attention
 from fastseq.torch.attention_cache import KVCache
 from fastseq.torch.attention_sdpa import scaled_dot_product_attention
 from fastseq.torch.functional import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from fastseq.torch.linear_scan import linear_scan, min_gru, min_lstm
 from fastseq.torch.position import alibi_slopes, rotary, sinusoidal_positions
 
 __all__ = [
@@ -20,9 +21,12 @@ __all__ = [
     "attention_varlen",
     "gru",
     "gru_cell",
+    "linear_scan",
     "lstm",
     "lstm_cell",
     "merge_attention",
+    "min_gru",
+    "min_lstm",
     "nn",
     "rnn",
     "rnn_cell",
