@@ -21,9 +21,8 @@ BLOCK = 1 << 14  # elements: small enough to share out, large against the 5 ns o
 SMALL = 1 << 15  # elements that one thread does in less time than it takes to wake a second
 SQUARES, ABSOLUTES, POWERS, LARGEST, SCALE, LIMIT = range(6)
 
-# table: (3, arrays) int64, the addresses, sizes and first tasks; partials: (tasks,) float64.
-_NUMBERS = ("kind", "itemsize", "arrays", "tasks", "table", "partials", "counter")
-JOB = np.dtype([(name, np.int64) for name in _NUMBERS] + [("c", np.float64)])
+# table: (3, arrays) int64, the addresses, sizes and first tasks; partials: (tasks,) and c: (1,).
+JOB = native.record("kind", "itemsize", "arrays", "tasks", table="", partials="", c="")
 _INT, _SUM = np.int64(0), np.float64(0)
 
 # The additions of a block may be vectorised; nothing is assumed of NaN and infinity.
@@ -95,8 +94,9 @@ def _block(job, task):
 
 @njit(**OPTIONS)
 def _pass(job, like):
-    kind, c = job.kind, type(like)(job.c)
-    partials = at(job.partials, _SUM)
+    kind, partials = job.kind, at(job.partials, _SUM)
+    exact_c = at(job.c, _SUM)[0]
+    c = type(like)(exact_c)
     drawn = take(job.counter)
     while drawn < job.tasks:
         task = job.tasks - 1 - drawn if kind == SCALE else drawn
@@ -107,7 +107,7 @@ def _pass(job, like):
         elif kind == ABSOLUTES:
             partials[task] = _absolutes(x, n)
         elif kind == POWERS:
-            partials[task] = _powers(x, n, job.c)
+            partials[task] = _powers(x, n, exact_c)
         elif kind == LARGEST:
             partials[task] = _largest(x, n)
         elif kind == SCALE:
@@ -128,23 +128,25 @@ def pass_f64(job):
 
 
 @cache
-def _kernels(itemsize):
-    return native.compile_all("gradient clipping", (pass_f32, pass_f64))[itemsize == 8]
+def _kernel(itemsize):
+    function = {4: pass_f32, 8: pass_f64}[itemsize]
+    what = f"gradient clipping for {8 * itemsize}-bit numbers"
+    return native.compile_all(what, (function,))[0]
 
 
 def run(kind, itemsize, addresses, sizes, c, threads):
     """Pass over the arrays once; the results of a norm's blocks, in order.
 
-    addresses, sizes: of each array its first element and how many follow each other from there, at
-    least 1. c: p of POWERS, the factor of SCALE, the limit of LIMIT.
+    addresses, sizes: of each array its first element and how many follow each other from
+    there. c: p of POWERS, the factor of SCALE, the limit of LIMIT.
     """
     table = np.array((addresses, sizes, sizes), np.int64)
     elements = int(table[1].sum())
     ends = np.cumsum(-(table[1] // -BLOCK))
     table[2, 0], table[2, 1:] = 0, ends[:-1]
     tasks = int(ends[-1])
-    partials, counter = np.empty(tasks), np.zeros(1, np.int64)
-    where = [native.address(a) for a in (table, partials, counter)]
-    job = np.array((kind, itemsize, len(sizes), tasks, *where, c), JOB)
-    native.run(_kernels(itemsize), job, threads if elements >= SMALL else 1)
+    partials = np.empty(tasks)
+    numbers, arrays = (kind, itemsize, len(sizes), tasks), (table, partials, np.array([c]))
+    job = native.job(numbers, [(a, 0) for a in arrays])
+    native.run(_kernel(itemsize), job, threads if elements >= SMALL else 1)
     return partials
