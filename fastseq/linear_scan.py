@@ -78,12 +78,12 @@ def _check_projections(op: str, x, letters: str, given: dict) -> None:
     """x (T, B, I), and w_<letter> (H, I) and b_<letter> (H,) of every letter."""
     _check.floats(op, "x", _check.signature(x))
     _check.rank(op, "x", x.shape, "T, B, I")
-    H = None
+    H = 0
     for letter in letters:
         name, w = f"w_{letter}", given[f"w_{letter}"]
         _check.floats(op, name, _check.signature(w), x.dtype)
         _check.rank(op, name, w.shape, "H, I")
-        H = w.shape[0] if H is None else H
+        H = w.shape[0] if letter == letters[0] else H
         _check.shape(op, name, w.shape, "H, I", (H, x.shape[2]))
         bias = given[f"b_{letter}"]
         if bias is not None:

@@ -10,7 +10,8 @@ import pytest
 import fastseq
 
 SECTIONS = ["Args", "Returns", "Raises", "Accuracy", "Cost", "Equivalent to", "Source"]
-COMPUTE = ["rnn", "gru", "lstm", "rnn_cell", "gru_cell", "lstm_cell", "vjp"]
+COMPUTE = ["rnn", "gru", "lstm", "rnn_cell", "gru_cell", "lstm_cell"]
+COMPUTE += ["linear_scan", "min_gru", "min_lstm", "vjp"]
 MODULES = ["fastseq", "fastseq.torch"]
 
 

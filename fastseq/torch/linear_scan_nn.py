@@ -1,6 +1,7 @@
 """Modules MinGRU and MinLSTM: whole sequences by the scan, single steps for streaming."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from fastseq.torch.linear_scan_ops import run
 
 
 class _MinRecurrent(torch.nn.Module):
-    """What MinGRU and MinLSTM share; a cell is its `gates`, from `parts` projections of x."""
+    """What MinGRU and MinLSTM share; a cell is its gates."""
 
-    parts: int
+    parts: int  # projections of x
+    gates: Callable[..., tuple[Tensor, Tensor]]  # from them, a and b of h' = a h + b
 
     def __init__(
         self,
@@ -54,11 +56,6 @@ class _MinRecurrent(torch.nn.Module):
         found += f", num_layers={self.num_layers}" if self.num_layers > 1 else ""
         found += "" if self.bias else ", bias=False"
         return found + (", batch_first=True" if self.batch_first else "")
-
-    @staticmethod
-    def gates(*projections: Tensor) -> tuple[Tensor, Tensor]:
-        """a and b of h' = a h + b."""
-        raise NotImplementedError
 
     def _gates(self, x, layer):
         weight = getattr(self, f"weight_ih_l{layer}")
