@@ -164,6 +164,10 @@ INLINE vec exp_nonpositive(vec x) {
     return choose(x < -EXP_MAX, (vec){0}, p * scale + scale);
 }
 
+/* libm's, of the dtype */
+INLINE real exp_real(real x) { return sizeof(real) == 4 ? (real)expf(x) : (real)exp(x); }
+INLINE real log_real(real x) { return sizeof(real) == 4 ? (real)logf(x) : (real)log(x); }
+
 INLINE real sum_lanes(vec v) {
     real s = v[0];
     for (int l = 1; l < VL; l++)

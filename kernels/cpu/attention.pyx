@@ -38,6 +38,8 @@ cdef extern from "attention.h" nogil:
                          Py_ssize_t z0, Py_ssize_t z1)
     void multiply_row(real *a, const real *b, Py_ssize_t n)
     void add_strided(real *sum, Py_ssize_t stride, const real *row, Py_ssize_t n)
+    real exp_real(real x)
+    real log_real(real x)
     void scale_row(real *c, Py_ssize_t n, real by)
     void copy_scaled(real *to, const real *src, Py_ssize_t n, real by)
     real dot(const real *a, const real *b, Py_ssize_t n)
@@ -48,8 +50,6 @@ cdef extern from "attention.h" nogil:
 
 
 cdef extern from "<math.h>" nogil:
-    double exp(double)
-    double log(double)
     double INFINITY
 
 

@@ -108,8 +108,8 @@ cdef void decode_join(const Decode *d, Py_ssize_t n) noexcept nogil:
             m = sum[at] if sum[at] > part[at] else part[at]
             if part[at] != part[at]:
                 m = part[at]
-            mine = 0 if sum[at + 1] == 0 else <real>exp(sum[at] - m)
-            its = <real>exp(part[at] - m)
+            mine = 0 if sum[at + 1] == 0 else exp_real(sum[at] - m)
+            its = exp_real(part[at] - m)
             for j in range(p.DV):
                 sum[j] = sum[j] * mine + part[j] * its
             sum[at], sum[at + 1] = m, sum[at + 1] * mine + part[at + 1] * its

@@ -79,7 +79,7 @@ cdef void softmax_row(Forward *f, Py_ssize_t r, real *s, Py_ssize_t j0, const Li
         return
     if not m <= f.m[r]:             # NaN becomes the maximum and stays
         if f.l[r] != 0:
-            shrink = <real>exp(f.m[r] - m)
+            shrink = exp_real(f.m[r] - m)
             f.l[r] *= shrink
             scale_row(acc, round_up(f.p.DV), shrink)
         f.m[r] = m
@@ -121,7 +121,7 @@ cdef void finish_row(const Problem *p, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i,
                      real l) noexcept nogil:
     """o = acc / l, lse = m + log l; 0 and -inf where no key was attended."""
     copy_scaled(of_query(p, &p.o, b, h, i), acc, p.DV, 0 if l == 0 else 1 / l)
-    of_query(p, &p.lse, b, h, i)[0] = -INFINITY if l == 0 else <real>(m + log(l))
+    of_query(p, &p.lse, b, h, i)[0] = -INFINITY if l == 0 else m + log_real(l)
 
 
 cdef void forward_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0, const real *packed) noexcept nogil:

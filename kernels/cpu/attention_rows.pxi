@@ -33,8 +33,8 @@ cdef void merge_row(const RowsCall *c, Py_ssize_t r) noexcept nogil:
         memset(c.o + at, 0, c.n * sizeof(real))
         c.lse[r] = -INFINITY
         return
-    wa, wb = <real>exp(a - m), <real>exp(b - m)
-    c.lse[r] = m + <real>log(wa + wb)
+    wa, wb = exp_real(a - m), exp_real(b - m)
+    c.lse[r] = m + log_real(wa + wb)
     wa, wb = wa / (wa + wb), wb / (wa + wb)
     for i in range(c.n):
         c.o[at + i] = (wa * c.o1[at + i] if a != -INFINITY else 0) + (wb * c.o2[at + i] if b != -INFINITY else 0)
