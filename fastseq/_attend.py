@@ -86,7 +86,7 @@ def _window(op: str, window) -> tuple[int, int]:
 
 def _dropout(op: str, p: float, seed) -> tuple[int, int, float]:
     """seed, threshold and 1 / (1 - p)."""
-    if not 0 <= p <= 1:
+    if not 0 <= _check.number(op, "dropout_p", p) <= 1:
         raise ValueError(f"{op}: dropout_p must be in 0..1, got {p!r}")
     if p == 0:
         return 0, 0, 1.0
@@ -121,7 +121,7 @@ def _slopes(op: str, value, B: int, NH: int, dtype) -> Array | None:
 def _positive(op: str, name: str, value) -> float:
     if value is None:
         return 0.0
-    if not value > 0:
+    if not _check.number(op, name, value) > 0:
         raise ValueError(f"{op}: {name} must be positive or None, got {value!r}")
     return float(value)
 
@@ -141,6 +141,8 @@ def _all(B: int, n: int) -> Array:
 
 def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> Attention:
     """Checked arguments as the kernels take them, without outputs."""
+    if op == "attention_varlen" and not given.packed:
+        raise TypeError(f"{op}: cu_seqlens_q must be integers, got NoneType")
     signatures = (_check.signature(a) or _check.NOTHING for a in (q, k, v))
     _check_qkv(op, given.packed, *signatures)
     first: tuple = (None, None)
@@ -159,7 +161,7 @@ def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> Attention:
         )
     left, right = _window(op, given.window)
     seed, threshold, keep_scale = _dropout(op, given.dropout_p, given.seed)
-    if given.causal not in CAUSAL:
+    if not isinstance(given.causal, bool | np.bool_ | str) or given.causal not in CAUSAL:
         expected = "a bool, 'top_left' or 'bottom_right'"
         raise ValueError(f"{op}: causal must be {expected}, got {given.causal!r}")
     return Attention(
@@ -176,7 +178,7 @@ def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> Attention:
         causal=CAUSAL[given.causal],
         left=left,
         right=right,
-        scale=D**-0.5 if given.scale is None else float(given.scale),
+        scale=D**-0.5 if given.scale is None else _check.number(op, "scale", given.scale),
         softcap=_positive(op, "softcap", given.softcap),
         alibi_slopes=_slopes(op, given.alibi_slopes, B, NH, q.dtype),
         mask=_pairs(op, "mask", given.mask, (B, NH, L, S), np.bool_),

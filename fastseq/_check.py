@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 
@@ -93,6 +94,13 @@ def broadcasts(op: str, name: str, got: tuple, letters: str, expected: Sequence[
     if not fits:
         numbers = ", ".join(map(str, expected))
         raise ValueError(f"{op}: {name} must broadcast to ({letters}) = ({numbers}), got {got}")
+
+
+def number(op: str, name: str, value) -> float:
+    """A real number, NumPy's included."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    return float(value)
 
 
 def resets(op: str, value, T: int, B: int) -> np.ndarray | None:

@@ -204,10 +204,14 @@ class KVCache:
     def append(self, k: Array, v: Array, counts: Array | None = None) -> None:
         """Write k (B, NK, n, D) and v (B, NK, n, DV) behind what each batch row holds.
 
-        counts (B,): how many of the n each row takes, None for all. Raises ValueError, and writes
-        nothing, if a shape does not fit or a row would exceed the capacity.
+        counts (B,): how many of the n each row takes, None for all. Writes nothing and raises
+        TypeError for another dtype than the cache's, ValueError if a shape does not fit or a row
+        would exceed the capacity.
         """
         B, NK, capacity, D = self.k.shape
+        for name, value in (("k", k), ("v", v)):
+            sign = _check.signature(value) or _check.NOTHING
+            _check.floats("KVCache.append", name, sign, self.k.dtype, like="the cache")
         n = k.shape[2] if k.ndim == 4 else 0
         _check.shape("KVCache.append", "k", k.shape, "B, NK, n, D", (B, NK, n, D))
         _check.shape("KVCache.append", "v", v.shape, "B, NK, n, DV", (B, NK, n, self.v.shape[3]))

@@ -1,6 +1,7 @@
 """Run fastseq: a `Problem` with everything by name, bits against bits, code in its own process."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,19 @@ from problems import Result, solve_reference, solve_torch
 import fastseq
 
 INPUTS = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0")
+BIG_ENDIAN = np.dtype(">f4")
+ODD_DTYPES = ["f2", "i4", "i8", "u1", "c8", "c16", "?", ">f4", ">f8", "O", "U3", "M8[s]"]
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+def refused(call, error, message):
+    import pytest
+
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call()
 
 
 def vjp(problem):

@@ -1,25 +1,18 @@
 """Every error of the NumPy API: its type, and a message with operation, argument, expected, got."""
 
-import re
-
 import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from problems import CELLS, Problem, forward, solve_reference
-from running import INPUTS, assert_same_bits, solve
+from running import BIG_ENDIAN, INPUTS, ODD_DTYPES, assert_same_bits, refused, solve, zeros
 from tolerance import assert_all_close
 
 import fastseq
 
 T, B, I, H = 5, 2, 3, 4  # noqa: E741
 FUNCTIONS = {"rnn": 1, "gru": 3, "lstm": 4}  # gates
-BIG_ENDIAN = np.dtype(">f4")
-
-
-def zeros(*shape, dtype=np.float32):
-    return np.zeros(shape, dtype)
 
 
 def arguments(function):
@@ -31,11 +24,6 @@ def arguments(function):
     if not function.endswith("_cell"):
         return {"x": zeros(T, B, I)} | weights | states
     return {"x": zeros(B, I)} | {k[0]: a for k, a in states.items()} | weights
-
-
-def refused(call, error, message):
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        call()
 
 
 # Argument, value, error, message; {G}H and {GH} stand for the gates in letters and numbers.
@@ -194,7 +182,6 @@ def test_set_num_threads(n):
 
 # Anything at all: the reference's result, or an error; never a crash, never another result
 
-ODD_DTYPES = ["f2", "i4", "i8", "u1", "c8", "c16", "?", ">f4", ">f8", "O", "U3", "M8[s]"]
 CHANGES = ["shape", "dtype", "strides", "value"]
 
 
