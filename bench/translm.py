@@ -2,8 +2,8 @@
 
 Trained with torch's scaled_dot_product_attention and with fastseq.torch.attention; everything else
 is torch's in both. lm.py says on what text and how the two are compared. Then the trained model
-continues held-out text, one character at a time from a cache of keys and values: torch attends to
-the valid part of the cache, fastseq is told the lengths.
+continues held-out text, one character at a time from a cache of keys and values: torch's in plain
+tensors, of which it reads the valid part, fastseq's in its KVCache.
 """
 
 import math
@@ -58,39 +58,46 @@ def run(full: bool, out: Path, progress: Callable[[float], None]) -> JobReport:
     return with_generation(found, trainers[OURS].model, config, held_out[: config.prompt].T)
 
 
-class Cache:
-    """Keys and values of all layers, (B, NH, T, D) each, and how many of T are valid."""
+def torch_attention(q, k, v) -> torch.Tensor:
+    """Causal, of whole sequences."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def own_attention(q, k, v) -> torch.Tensor:
+    """The same."""
+    return fastseq.torch.attention(q, k, v, causal=True)
+
+
+class TorchCache:
+    """Keys and values of a layer, (B, NH, T, D), of which the first `length` are valid."""
 
     def __init__(self, config: Config, B: int):
-        shape = config.layers, B, config.NH, config.T, config.E // config.NH
+        shape = B, config.NH, config.T, config.E // config.NH
         self.k, self.v = torch.zeros(shape), torch.zeros(shape)
         self.length = 0
-        self.lengths = torch.zeros(B, dtype=torch.int64)
 
-    def advance(self, L: int) -> None:
-        """Make room for L positions, which every layer then appends."""
-        self.length += L
-        self.lengths += L
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Write the new positions of a layer. Returns its whole k and v."""
-        new = slice(self.length - k.shape[2], self.length)
-        self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v
-        return self.k[layer], self.v[layer]
+    def attend(self, q, k, v) -> torch.Tensor:
+        """Append k and v, and attend to all that is valid; only an empty cache takes several."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        k, v = self.k[:, :, : self.length], self.v[:, :, : self.length]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
 
 
-def torch_attention(q, k, v, cache: Cache | None) -> torch.Tensor:
-    """Causal; with a cache, L is 1, or the whole cache is new."""
-    n = None if cache is None else cache.length
-    causal = q.shape[2] > 1
-    return F.scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n], is_causal=causal)
+class OwnCache:
+    """The same by fastseq.torch.KVCache."""
 
+    def __init__(self, config: Config, B: int):
+        self.held = fastseq.torch.KVCache(B, config.NH, config.T, config.E // config.NH)
 
-def own_attention(q, k, v, cache: Cache | None) -> torch.Tensor:
-    """Causal; with a cache, the queries are the last of its valid positions."""
-    if cache is None:
-        return fastseq.torch.attention(q, k, v, causal=True)
-    return fastseq.torch.attention(q, k, v, causal="bottom_right", kv_lengths=cache.lengths)
+    def attend(self, q, k, v) -> torch.Tensor:
+        """Append k and v, and attend to all that is valid."""
+        held = self.held
+        held.append(k, v)
+        return fastseq.torch.attention(
+            q, held.k, held.v, causal="bottom_right", kv_lengths=held.lengths
+        )
 
 
 class Block(nn.Module):
@@ -104,18 +111,16 @@ class Block(nn.Module):
         self.project_in, self.project_out = nn.Linear(E, 3 * E), nn.Linear(E, E)
         self.mlp = nn.Sequential(nn.Linear(E, 4 * E), nn.GELU(), nn.Linear(4 * E, E))
 
-    def forward(self, x, layer: int, attend, cache: Cache | None):
+    def forward(self, x, attend):
         """(B, L, E) to the same."""
         q, k, v = self.project_in(self.norm1(x)).unflatten(2, (3, *self.heads)).unbind(2)
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        x = x + self.project_out(attend(q, k, v, cache).transpose(1, 2).flatten(2))
+        x = x + self.project_out(attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
 class TransLM(nn.Module):
-    """Embeddings of characters and positions, blocks, logits; `attend` may be exchanged."""
+    """Embeddings of characters and positions, blocks, logits; `attend` is used for training."""
 
     def __init__(self, attend, config: Config, vocabulary: int):
         super().__init__()
@@ -126,14 +131,11 @@ class TransLM(nn.Module):
         self.norm = nn.LayerNorm(config.E)
         self.head = nn.Linear(config.E, vocabulary)
 
-    def forward(self, x, cache: Cache | None = None):
-        """Logits (B, L, V) of characters (B, L), which follow those in the cache."""
-        start, L = 0 if cache is None else cache.length, x.shape[1]
-        x = self.embed(x) + self.positions[start : start + L]
-        if cache is not None:
-            cache.advance(L)
+    def forward(self, x, start: int = 0, caches=None):
+        """Logits (B, L, V) of characters (B, L), which follow the `start` ones in the caches."""
+        x = self.embed(x) + self.positions[start : start + x.shape[1]]
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, self.attend, cache)
+            x = block(x, self.attend if caches is None else caches[layer].attend)
         return self.head(self.norm(x))
 
 
@@ -172,32 +174,33 @@ class Trainer:
 
 
 @torch.no_grad()
-def generate(model: TransLM, config: Config, prompt: torch.Tensor) -> torch.Tensor:
+def generate(model: TransLM, config: Config, prompt: torch.Tensor, new_cache) -> torch.Tensor:
     """The likeliest continuation of (B, prompt) up to the context: (B, T)."""
-    cache = Cache(config, len(prompt))
-    text, new = [prompt], prompt
+    caches = [new_cache(config, len(prompt)) for _ in model.blocks]
+    new, text, start = prompt, [prompt], 0
     for _ in range(config.T - prompt.shape[1]):
-        new = model(new, cache)[:, -1:].argmax(-1)
+        length = new.shape[1]
+        new = model(new, start, caches)[:, -1:].argmax(-1)
+        start += length
         text.append(new)
     return torch.cat(text, dim=1)
 
 
 def with_generation(found: JobReport, model, config: Config, prompt: torch.Tensor) -> JobReport:
     """The report with two columns more: characters per second, and how many agree with torch's."""
-    attends = {OURS: own_attention, "torch": torch_attention}
-    times: measure.Times = {name: [] for name in attends}
+    caches = {OURS: OwnCache, "torch": TorchCache}
+    times: measure.Times = {name: [] for name in caches}
     texts = {}
     for i in range(GENERATIONS):
-        for name in attends if i % 2 == 0 else reversed(list(attends)):
-            model.attend = attends[name]
+        for name in caches if i % 2 == 0 else reversed(list(caches)):
             time.sleep(measure.REST_S)
             start = time.perf_counter()
-            texts[name] = generate(model, config, prompt)
+            texts[name] = generate(model, config, prompt, caches[name])
             times[name].append(time.perf_counter() - start)
     count = len(prompt) * (config.T - config.prompt)
     rates = {name: count / measure.median(seconds) for name, seconds in times.items()}
     same = {name: float((text == texts["torch"]).float().mean()) for name, text in texts.items()}
-    cells = {name: (f"{rates[name]:.0f}/s", f"{same[name]:.1%}") for name in attends}
+    cells = {name: (f"{rates[name]:.0f}/s", f"{same[name]:.1%}") for name in caches}
     return replace(
         found,
         columns=(*found.columns, "generated", "as torch"),
