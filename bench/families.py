@@ -107,6 +107,7 @@ class Family:
 
 def registry() -> dict[str, Family]:
     """All families by name."""
-    from . import attention, recurrent
+    from . import attention, linear_scan, recurrent
 
-    return {family.name: family for family in (recurrent.FAMILY, attention.FAMILY)}
+    families = (recurrent.FAMILY, attention.FAMILY, linear_scan.FAMILY)
+    return {family.name: family for family in families}

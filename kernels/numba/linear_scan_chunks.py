@@ -44,7 +44,7 @@ def _task(job):
 
 @njit(**OPTIONS)
 def _fold(job, b, c, first, lanes, steps, like):
-    """ends, products and wild of chunks first to stop, each of that many steps."""
+    """ends, products and wild of `lanes` chunks, each of that many steps."""
     q, c = (b * job.C + c) * job.chunks + first, c * job.itemsize
     ends, products, wild = stack(LANES, like), stack(LANES, like), stack(LANES, _BYTE)
     one = type(like)(1)
