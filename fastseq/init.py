@@ -39,7 +39,7 @@ def identity(
     Equivalent to: torch.nn.init.eye_(w_hh); torch.nn.init.zeros_(b_ih)
     Source: Le, Jaitly & Hinton, arXiv:1504.00941.
     """
-    H = _matrix("identity", "w_hh", w_hh)[1]
+    H = _matrix("identity", "w_hh", w_hh, "H, H")[1]
     _check.shape("identity", "w_hh", w_hh.shape, "H, H", (H, H))
     biases = {"b_ih": b_ih, "b_hh": b_hh}
     for name, b in biases.items():
@@ -80,7 +80,7 @@ def orthogonal(
     Equivalent to: torch.nn.init.orthogonal_(w[g * H : (g + 1) * H], gain) for every gate g
     Source: Saxe, McClelland & Ganguli, arXiv:1312.6120.
     """
-    rows, columns = _matrix("orthogonal", "w", w)
+    rows, columns = _matrix("orthogonal", "w", w, "G H, H")
     gates = gate_count("orthogonal", (rows, columns), gates)
     normal = np.random.default_rng(rng).standard_normal((rows, columns))
     w[...] = orthogonal_blocks(normal, gates, gain)
@@ -141,9 +141,9 @@ def orthogonal_blocks(normal: Array, gates: int, gain: float) -> Array:
     return gain * (q.swapaxes(1, 2) if wide else q).reshape(normal.shape)
 
 
-def _matrix(op: str, name: str, w) -> tuple[int, int]:
+def _matrix(op: str, name: str, w, letters: str) -> tuple[int, int]:
     _check.floats(op, name, _check.signature(w))
-    _check.rank(op, name, w.shape, "rows, columns")
+    _check.rank(op, name, w.shape, letters)
     _writeable(op, name, w)
     return w.shape
 

@@ -61,7 +61,8 @@ def orthogonal(normal, gates, gain=1.0):
 def forget_bias(b_ih, b_hh, value=1.0):
     """Gates i|f|g|o: b_ih[f] = value, b_hh[f] = 0."""
     (i, _, g, o), (k, f, m, n) = np.split(b_ih, 4), np.split(b_hh, 4)
-    return np.concatenate([i, 0 * f + value, g, o]), np.concatenate([k, 0 * f, m, n])
+    opened, zero = np.full_like(f, value), np.zeros_like(f)
+    return np.concatenate([i, opened, g, o]), np.concatenate([k, zero, m, n])
 
 
 def tbptt(cell, x, weights, states, dy, chunk, **options):
