@@ -7,11 +7,14 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import attention_running
 import numpy as np
 import pytest
+import running
+from attention_problems import ALL_OPTIONS, AttentionProblem
 from fastseq.kernels.cpu import features
 from problems import CELLS, Problem
-from running import judge, python
+from running import python
 from tolerance import assert_all_close
 
 import fastseq
@@ -19,6 +22,7 @@ from fastseq import _dispatch
 
 LEVELS = features.supported()
 DTYPES = ("float32", "float64")
+STEMS = ("recurrent", "attention")
 REGISTER_BYTES = {"baseline": 16, "avx2": 32, "avx512": 64}
 HEAVY = {"torch", "numba", "triton", "jax", "onnxruntime", "openvino", "matplotlib", "rich"}
 FLAGS = ({}, {"ragged": True, "resets": True, "reverse": True})
@@ -28,21 +32,37 @@ PROBLEMS = [
     for dtype in DTYPES
     for flags in FLAGS
 ]
+# Few queries in chunks of keys and several packed blocks; backward's slabs; what only packs.
+PROBLEMS += [
+    AttentionProblem(**{"NH": 4, "NK": 2, **options, **size}, dtype=dtype)
+    for options in ({}, {"causal": "bottom_right"}, ALL_OPTIONS | {"scale": 0.2})
+    for size in (
+        {"L": 2, "S": 1037, "D": 37, "DV": 39},
+        {"L": 53, "S": 271, "D": 37, "DV": 70},
+        {"L": 13, "S": 29, "D": 3, "DV": 5},
+    )
+    for dtype in DTYPES
+]
 
 # Solves PROBLEMS, and prints the kernels that this has loaded as {module: lanes}.
 SOLVE = """
 import json, sys
 import numpy as np
-from running import solve
-from test_dispatch import PROBLEMS
+from test_dispatch import PROBLEMS, module_of
 arrays = {}
 for problem in PROBLEMS:
-    for part, found in solve(problem)._asdict().items():
+    for part, found in module_of(problem).solve(problem)._asdict().items():
         arrays |= {f"{problem} {part} {name}": a for name, a in found.items()}
 np.savez(sys.argv[1], **arrays)
-loaded = {n.split(".")[-1]: m for n, m in sys.modules.items() if ".cpu.recurrent_" in n}
+loaded = {n.split(".")[-1]: m for n, m in sys.modules.items() if m is not None and ".cpu." in n
+          and n.endswith(("_f32", "_f64"))}
 print(json.dumps({n: m.description()[0] for n, m in loaded.items()}))
 """
+
+
+def module_of(problem):
+    """What solves and judges a problem of its family."""
+    return attention_running if isinstance(problem, AttentionProblem) else running
 
 
 # The ISA level
@@ -53,10 +73,10 @@ def test_forced_level_runs_and_is_right(level, tmp_path):
     """Only its modules are loaded, they are of its width, and their results are the reference's."""
     loaded = json.loads(python(SOLVE, tmp_path / "found", env={"FASTSEQ_CPU": level}))
     lanes = {bits: REGISTER_BYTES[level] * 8 // bits for bits in (32, 64)}
-    assert loaded == {f"recurrent_{level}_f{bits}": n for bits, n in lanes.items()}
+    assert loaded == {f"{stem}_{level}_f{bits}": n for stem in STEMS for bits, n in lanes.items()}
     found = np.load(tmp_path / "found.npz")
     for problem in PROBLEMS:
-        ref, peer = judge(problem)
+        ref, peer = module_of(problem).judge(problem)
         for part, expected in ref._asdict().items():
             ours = {name: found[f"{problem} {part} {name}"] for name in expected}
             room = peer and getattr(peer, part)
@@ -110,10 +130,11 @@ def test_objects_hold_only_their_level(level):
     """No wider register, and at the baseline no VEX instruction, in any compiled module."""
     objdump = shutil.which("objdump")
     folder = Path(features.__file__).parent
-    stems = [f"recurrent_{level}_f{bits}" for bits in (32, 64)]
-    objects = [p for stem in stems for p in folder.glob(f"{stem}.*.so")]
+    modules = [f"{stem}_{level}_f{bits}" for stem in STEMS for bits in (32, 64)]
+    objects = [p for module in modules for p in folder.glob(f"{module}.*.so")]
     if not objdump or len(LEVELS) == 1 or not objects:
         pytest.skip("needs objdump, and modules built for x86-64")
+    assert len(objects) == len(modules)
     objects += folder.glob("features.*.so") if level == "baseline" else []
     beyond = {"baseline": r"%[yz]mm|\tv\w+ .*%xmm", "avx2": r"%zmm", "avx512": r"(?!)"}[level]
     width = {"baseline": "%xmm", "avx2": "%ymm", "avx512": "%zmm"}[level]
@@ -191,7 +212,9 @@ def test_torch_setting_is_respected(many_cores, monkeypatch):
 
 # Prints the process's threads: before, after work too small to share, after 3 threads shared some.
 COUNT_THREADS = """
-import os
+import os, sys
+import attention_running
+from attention_problems import AttentionProblem
 from problems import Problem, forward
 import fastseq
 from fastseq import _dispatch
@@ -199,16 +222,22 @@ def count():
     print(len(os.listdir("/proc/self/task")), end=" ")
 count()
 _dispatch._Threads.forced = 3
-forward(fastseq, Problem("gru", T=3, B=2, H=5))
-count()
-forward(fastseq, Problem("gru", T=9, B=26, H=150))
+if sys.argv[1] == "gru":
+    forward(fastseq, Problem("gru", T=3, B=2, H=5))
+    count()
+    forward(fastseq, Problem("gru", T=9, B=26, H=150))
+else:
+    attention_running.solve(AttentionProblem())
+    count()
+    attention_running.forward(AttentionProblem(L=60, S=80))
 count()
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_work_is_shared_and_small_work_is_not():
-    before, small, shared = map(int, python(COUNT_THREADS).split())
+@pytest.mark.parametrize("function", ["gru", "attention"])
+def test_work_is_shared_and_small_work_is_not(function):
+    before, small, shared = map(int, python(COUNT_THREADS, function).split())
     assert small == before
     assert shared == before + 2
 
@@ -259,10 +288,12 @@ def test_show_config_prints_what_info_does(capsys):
 def test_import_and_calls_import_nothing_heavy():
     code = """
 import sys
+import attention_running, running
+from attention_problems import AttentionProblem
 from problems import CELLS, Problem
-from running import solve
 for cell in CELLS:
-    solve(Problem(cell))
+    running.solve(Problem(cell))
+attention_running.solve(AttentionProblem())
 print(*sys.modules)
 """
     loaded = {name.split(".")[0] for name in python(code).split()}

@@ -11,7 +11,12 @@ import fastseq
 
 SECTIONS = ["Args", "Returns", "Raises", "Accuracy", "Cost", "Equivalent to", "Source"]
 COMPUTE = ["rnn", "gru", "lstm", "rnn_cell", "gru_cell", "lstm_cell"]
-COMPUTE += ["linear_scan", "min_gru", "min_lstm", "vjp"]
+COMPUTE += ["linear_scan", "min_gru", "min_lstm"]
+COMPUTE += ["attention", "attention_varlen", "merge_attention"]
+COMPUTE += ["rotary", "sinusoidal_positions", "alibi_slopes", "vjp"]
+SCALARS = {"nonlinearity", "reverse", "return_cell_states"}
+SCALARS |= {"causal", "window", "scale", "softcap", "dropout_p", "seed", "return_lse"}
+SCALARS |= {"L", "D", "NH", "base", "dtype", "dim", "interleaved", "offsets", "inverse"}
 MODULES = ["fastseq", "fastseq.torch"]
 
 
@@ -70,11 +75,10 @@ def test_what_computes_has_every_section(name):
 def test_shapes_are_stated(name):
     """Every array's line begins with its shape."""
     doc = inspect.getdoc(getattr(fastseq, name))
-    scalars = {"nonlinearity", "reverse", "return_cell_states"}
     for line in section(doc, "Args").splitlines():
         entry = re.match(r"    (\w+): (.*)", line)
-        if entry and entry[1] not in scalars:
-            assert re.match(r"\([\w, ]+\)", entry[2]), line
+        if entry and entry[1] not in SCALARS:
+            assert re.match(r"\([\w, +.]+\)", entry[2]), line
 
 
 def test_the_readme_runs():

@@ -4,12 +4,16 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 
+import attention_running
 import numpy as np
 import pytest
+import running
+from attention_problems import ALL_OPTIONS, AttentionProblem
 from problems import CELLS, Problem, forward
-from running import assert_same_bits, python, solve
+from running import assert_same_bits, python
 
 import fastseq
 from fastseq import _dispatch
@@ -36,6 +40,22 @@ MIXED = [
     for size in ((4, 2, 3, 5), (9, 26, 7, 70), (5, 3, 33, 37))
     for flags in ({}, MASKS)
 ]
+MIXED += [
+    AttentionProblem(**{"NH": 4, "NK": 2, **options, **size}, dtype=dtype)
+    for dtype in ("float32", "float64")
+    for size in (
+        {"L": 2, "S": 37, "D": 3, "DV": 5},
+        {"L": 2, "S": 1030, "D": 17, "DV": 9},
+        {"L": 53, "S": 270, "D": 9, "DV": 35},
+    )
+    for options in ({}, ALL_OPTIONS)
+]
+
+
+def solve(problem):
+    """The Result of a problem of any family."""
+    family = attention_running if isinstance(problem, AttentionProblem) else running
+    return family.solve(problem)
 
 
 # Memory
@@ -43,21 +63,31 @@ MIXED = [
 # Prints by how many bytes the process grows in 20,000 rounds over the problems of one cell.
 GROWTH = """
 import os, sys
-import fastseq
+import attention_running, fastseq
+from attention_problems import AttentionProblem
 from problems import Problem, forward
-from running import solve
+from test_reliability import solve
 cell, what = sys.argv[1:]
 shapes = [(4, 2, 3, 5)]
 if what == "shapes":
     shapes = [(1 + i % 5, 1 + i % 3, 3, 1 + i) for i in range(40)]
-problems = [Problem(cell, *shape, dtype="float32", ragged=True) for shape in shapes]
+if cell == "attention":
+    problems = [AttentionProblem(L=1 + t * h, S=h, dtype="float32", ragged="kv", dropout_p=0.5)
+                for t, _, _, h in shapes]
+else:
+    problems = [Problem(cell, *shape, dtype="float32", ragged=True) for shape in shapes]
+def run(problem):
+    if cell == "attention":
+        attention_running.forward(problem)
+    else:
+        forward(fastseq, problem)
 def rss():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 def rounds(n):
     for i in range(n):
         problem = problems[i % len(problems)]
-        solve(problem) if what == "vjp" else forward(fastseq, problem)
+        solve(problem) if what == "vjp" else run(problem)
 rounds(2000)
 before = rss()
 rounds(20000)
@@ -66,7 +96,11 @@ print(rss() - before)
 
 
 @pytest.mark.parametrize(
-    ("cell", "what"), [*product(CELLS, ["forward", "vjp"]), ("lstm", "shapes")]
+    ("cell", "what"),
+    [
+        *product([*CELLS, "attention"], ["forward", "vjp"]),
+        *product(["lstm", "attention"], ["shapes"]),
+    ],
 )
 def test_small_calls_leak_nothing(cell, what):
     assert int(python(GROWTH, cell, what)) < 1 << 20
@@ -77,7 +111,7 @@ def test_small_calls_leak_nothing(cell, what):
 GUARDED = """
 import ctypes, mmap, sys
 import numpy as np
-from fastseq import _stack
+from fastseq import _attend, _stack
 from test_reliability import MIXED, solve
 at_end, libc, page = sys.argv[1] == "end", ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
 maps = []
@@ -98,11 +132,16 @@ def guarded(a):
     copy = empty(a.shape, a.dtype)
     copy[...] = a
     return copy
+def full(shape, value, dtype):
+    a = empty(shape, dtype)
+    a[...] = value
+    return a
 class Guarded:
-    empty = staticmethod(empty)
+    empty, full = staticmethod(empty), staticmethod(full)
+    zeros = staticmethod(lambda shape, dtype: full(shape, 0, dtype))
     def __getattr__(self, name):
         return getattr(np, name)
-_stack.np = Guarded()
+_attend.np = _stack.np = Guarded()
 for problem in MIXED:
     solve(problem.having(**{part: {k: guarded(a) for k, a in getattr(problem, part).items()}
                             for part in ("inputs", "options", "cotangents")}))
@@ -170,9 +209,15 @@ def test_child_computes_after_fork():
     assert python(FORK).strip() == "0"
 
 
-def test_gil_is_released():
+LONG = [
+    (Problem("lstm", T=200, B=32, I=256, H=256, dtype="float64"), partial(forward, fastseq)),
+    (AttentionProblem(B=1, NH=4, NK=1, L=2000, S=2000, D=64, DV=64), attention_running.forward),
+]
+
+
+@pytest.mark.parametrize(("problem", "run"), LONG, ids=["lstm", "attention"])
+def test_gil_is_released(problem, run):
     """Another Python thread goes on while a kernel runs."""
-    problem = Problem("lstm", T=200, B=32, I=256, H=256, dtype="float64")
     problem.inputs  # noqa: B018  drawn here, not while the ticks are counted
     done, ticks = threading.Event(), 0
 
@@ -186,10 +231,10 @@ def test_gil_is_released():
     _dispatch._Threads.forced = 1
     other = threading.Thread(target=tick)
     try:
-        forward(fastseq, problem)
+        run(problem)
         other.start()
         before, start = ticks, time.perf_counter()
-        forward(fastseq, problem)
+        run(problem)
         during, seconds = ticks - before, time.perf_counter() - start
     finally:
         _dispatch._Threads.forced = threads
