@@ -18,7 +18,9 @@ from fastseq import _dispatch
 
 BOOL = (False, True)
 DTYPES = ("float32", "float64")
-LANES = {dtype: _dispatch.kernels("recurrent", np.dtype(dtype)).description()[0] for dtype in DTYPES}
+LANES = {
+    dtype: _dispatch.kernels("recurrent", np.dtype(dtype)).description()[0] for dtype in DTYPES
+}
 
 ARGUMENTS = [
     Problem(cell, H=19, dtype=dtype, bias=bias, initial=initial)

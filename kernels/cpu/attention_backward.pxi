@@ -2,9 +2,9 @@
 #
 #   dV = (P K')' dO        dP = dO V'        dS = P (K' dP - delta)        dQ = scale dS K        dK = scale dS' Q
 #
-# S and dP are computed anew, tile by tile. A task is one slab of keys of one key/value head: it owns those rows of dK and
-# dV, and leaves its part of dQ, which are added in the order of the slabs. There are at most SLABS of them and they
-# depend on the number of keys alone, so neither threads nor the batch change a sum, and one head keeps SLABS threads busy.
+# S and dP are computed anew, tile by tile. A task is one slab of keys of one key/value head: it owns those rows of dK
+# and dV, and leaves its part of dQ, which are added in the order of the slabs. There are at most SLABS of them and they
+# depend on the number of keys alone: neither threads nor the batch change a sum, and one head keeps SLABS threads busy.
 # Cost: 2 L S (3 D + 2 DV) FLOP a head, less what is skipped; SLABS times dQ's size.
 # Source: Dao, arXiv:2307.08691, with the split over keys made fixed.
 

@@ -1,5 +1,5 @@
-# Few queries, many keys: a decoding step. The query heads of a group are the rows of one tile, so keys and values are read
-# once and not packed; they are cut into chunks of CHUNK_KEYS, whatever the thread count, which threads share.
+# Few queries, many keys: a decoding step. The query heads of a group are the rows of one tile, so keys and values are
+# read once and not packed; they are cut into chunks of CHUNK_KEYS, whatever the thread count, which threads share.
 # Each chunk leaves m, l and the weighted values of its rows; they are joined in the order of the chunks.
 # Cost: S (D + DV) reals read a head. Source: Dao et al., Flash-Decoding, 2023.
 

@@ -1,0 +1,288 @@
+/* attention_scores.h: one row of scores, its softmax, dropout and gradient.
+ *
+ * A row is s[0 : n] for keys j0 : j0 + n; the pairs that may attend are in [lo, hi), and where the mask is nonzero. What
+ * a pair that may not attend holds, NaN included, reaches nothing.
+ */
+#ifndef FASTSEQ_ATTENTION_SCORES_H
+#define FASTSEQ_ATTENTION_SCORES_H
+
+#include "tile.h"
+#include <math.h>
+
+typedef struct {
+    real softcap;          /* 0: none */
+    real slope;            /* ALiBi: - slope * |j - center|; 0: none */
+    intptr_t center;
+    const real *bias;      /* of key j at bias[j * bias_j]; NULL: none */
+    intptr_t bias_j;
+    const uint8_t *mask;   /* nonzero: may attend; NULL: all may */
+    intptr_t mask_j;
+    int masked;            /* whether the mask still matters within the limits at hand, see narrow */
+    uint64_t key;          /* of dropout's generator */
+    uint32_t threshold;    /* a pair is dropped if its bits are below; 0: no dropout */
+    real keep_scale;       /* 1 / (1 - p) */
+} RowOptions;
+
+#define NEGATIVE_INFINITY ((vec){} - (real)INFINITY)
+
+INLINE ivec lane_indices(void) {
+    ivec lane;
+    for (int l = 0; l < VL; l++)
+        lane[l] = l;
+    return lane;
+}
+
+INLINE ivec within(intptr_t j, intptr_t lo, intptr_t hi) {
+    ivec at = lane_indices() + (bits)j;
+    return (at >= (bits)lo) & (at < (bits)hi);
+}
+
+INLINE vec max_(vec a, vec b) {
+#if defined(__x86_64__)
+    return INTRINSIC(max)(a, b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+/* e^x for x <= 0; 0 below -EXP_MAX; NaN stays. Max error 1 ULP beside the reduction's. */
+INLINE vec exp_nonpositive(vec x) {
+    vec scale, p = expm1_reduced(max_(broadcast(-EXP_MAX), x), &scale);
+    return choose(x < -EXP_MAX, (vec){0}, p * scale + scale);
+}
+
+/* libm's, of the dtype */
+INLINE real exp_real(real x) { return sizeof(real) == 4 ? (real)expf(x) : (real)exp(x); }
+INLINE real log_real(real x) { return sizeof(real) == 4 ? (real)logf(x) : (real)log(x); }
+
+INLINE real sum_lanes(vec v) {
+    real s = v[0];
+    for (int l = 1; l < VL; l++)
+        s += v[l];
+    return s;
+}
+
+/* VL reals, or VL bytes widened, from memory with any stride and without reading past n. */
+INLINE vec load_strided(const real *p, intptr_t stride, intptr_t n) {
+    if (stride == 1 && n >= VL)
+        return load(p);
+    vec v = {};
+    for (int l = 0; l < VL && l < n; l++)
+        v[l] = p[l * stride];
+    return v;
+}
+
+INLINE ivec load_mask(const uint8_t *p, intptr_t stride, intptr_t n) {
+    ivec m = {};
+    if (stride == 1 && n >= VL) {
+        uint8_t b __attribute__((vector_size(VL)));
+        memcpy(&b, p, VL);
+        m = __builtin_convertvector(b, ivec);
+    } else
+        for (int l = 0; l < VL && l < n; l++)
+            m[l] = p[l * stride];
+    return m != 0;
+}
+
+/* Narrow [lo, hi) to the first and last key that the mask lets through (empty: hi = lo), and tell whether it has
+ * holes between them. */
+INLINE void narrow(RowOptions *o, intptr_t *lo, intptr_t *hi) {
+    o->masked = o->mask != 0;
+    if (!o->mask)
+        return;
+    const uint8_t *mask = o->mask;
+    if (o->mask_j != 1) {
+        while (*lo < *hi && !mask[*lo * o->mask_j])
+            ++*lo;
+        while (*hi > *lo && !mask[(*hi - 1) * o->mask_j])
+            --*hi;
+        return;
+    }
+    const uint8_t *first = *lo < *hi ? memchr(mask + *lo, 1, *hi - *lo) : 0;
+    *lo = first ? first - mask : *hi;
+    while (*hi - 64 > *lo) {
+        uint64_t w[8], any = 0;
+        memcpy(w, mask + *hi - 64, 64);
+        for (int i = 0; i < 8; i++)
+            any |= w[i];
+        if (any)
+            break;
+        *hi -= 64;
+    }
+    while (*hi > *lo && !mask[*hi - 1])
+        --*hi;
+    o->masked = *lo < *hi && memchr(mask + *lo, 0, *hi - *lo) != 0;
+}
+
+/* One vector of scores with everything that is added to them; `edge`: some of its keys are outside [lo, hi). */
+INLINE vec finished(const RowOptions *o, vec x, intptr_t j, intptr_t lo, intptr_t hi, int edge, real *factor) {
+    if (o->softcap != 0) {
+        vec t = tanh_(x / o->softcap);
+        x = t * o->softcap;
+        if (factor)
+            store(factor, 1 - t * t);
+    }
+    if (o->slope != 0) {
+        vec distance = __builtin_convertvector(lane_indices() + (bits)(j - o->center), vec);
+        x -= o->slope * choose(distance < 0, -distance, distance);
+    }
+    if (o->bias)
+        x += load_strided(o->bias + j * o->bias_j, o->bias_j, hi - j);
+    if (o->masked)
+        x = choose(load_mask(o->mask + j * o->mask_j, o->mask_j, hi - j), x, NEGATIVE_INFINITY);
+    return edge ? choose(within(j, lo, hi), x, NEGATIVE_INFINITY) : x;
+}
+
+/* The whole vectors of [j, hi) where at most a bias is added, its keys side by side. Returns where it stopped. */
+INLINE intptr_t whole_vectors(const RowOptions *o, real *s, intptr_t j, intptr_t hi, vec most[2]) {
+    const real *bias = o->bias;
+    if (!bias)
+        for (; j + 2 * VL <= hi; j += 2 * VL) {
+            most[0] = max_(most[0], load(s + j));
+            most[1] = max_(most[1], load(s + j + VL));
+        }
+    else
+        for (; j + 2 * VL <= hi; j += 2 * VL) {
+            vec a = load(s + j) + load(bias + j), b = load(s + j + VL) + load(bias + j + VL);
+            store(s + j, a);
+            store(s + j + VL, b);
+            most[0] = max_(most[0], a);
+            most[1] = max_(most[1], b);
+        }
+    return j;
+}
+
+/* Scores of keys lo : hi to their final values, -inf where a pair may not attend; s is key j0's place. Only whole
+ * vectors that hold a key of [lo, hi) are written. `factor`: NULL, or gets d score / d product of the softcap. Returns
+ * the largest score. */
+static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, intptr_t j0, intptr_t lo, intptr_t hi,
+                                                  real *factor) {
+    vec most[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
+    int simple = o->softcap == 0 && o->slope == 0 && !o->masked && (!o->bias || o->bias_j == 1);
+    intptr_t j = lo - (lo - j0) % VL;
+    s -= j0;
+    if (factor)
+        factor -= j0;
+    while (j < hi) {
+        if (simple && j >= lo)
+            j = whole_vectors(o, s, j, hi, most);
+        if (j >= hi)
+            break;
+        vec x = finished(o, load(s + j), j, lo, hi, j < lo || j + VL > hi, factor ? factor + j : 0);
+        store(s + j, x);
+        most[0] = max_(most[0], x);
+        j += VL;
+    }
+    most[0] = max_(most[0], most[1]);
+    real m = most[0][0];
+    for (int l = 1; l < VL; l++)
+        m = most[0][l] > m ? most[0][l] : m;
+    return m;
+}
+
+/* s = e^(s - m) for keys lo : hi, 0 in the rest of [z0, z1); m is finite. Returns the sum. */
+static __attribute__((unused)) real exponentials(real *s, intptr_t j0, intptr_t lo, intptr_t hi, intptr_t z0,
+                                                 intptr_t z1, real m) {
+    vec sum = {};
+    intptr_t first = lo - (lo - j0) % VL, j = first;
+    for (; j < hi; j += VL) {
+        vec p = exp_nonpositive(load(s + j - j0) - m);
+        store(s + j - j0, p);
+        sum += p;
+    }
+    for (intptr_t i = z0; i < first; i++)
+        s[i - j0] = 0;
+    for (; j < z1; j++)
+        s[j - j0] = 0;
+    return sum_lanes(sum);
+}
+
+/* ---- dropout: 32 bits for every (seed, batch, head, query, key), from counters alone */
+
+INLINE uint64_t splitmix64(uint64_t z) {
+    z += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+INLINE uint64_t dropout_key(uint64_t seed, uint64_t head, uint64_t query) {
+    return splitmix64(splitmix64(seed ^ splitmix64(head)) + query);
+}
+
+typedef uint32_t uvec __attribute__((vector_size(VL * 4)));
+
+INLINE uvec mix32(uvec x) {
+    x ^= x >> 16;
+    x *= 0x7FEB352Du;
+    x ^= x >> 15;
+    x *= 0x846CA68Bu;
+    return x ^ x >> 16;
+}
+
+/* s *= keep / (1 - p) for keys lo : hi, whole vectors. */
+static __attribute__((unused)) void drop(const RowOptions *o, real *s, intptr_t j0, intptr_t lo, intptr_t hi) {
+    uvec lane;
+    for (int l = 0; l < VL; l++)
+        lane[l] = l;
+    for (intptr_t j = lo - (lo - j0) % VL; j < hi; j += VL) {
+        uvec x = (lane + (uint32_t)j) * 0x9E3779B9u ^ (uint32_t)o->key;
+        x = mix32(mix32(x) ^ (uint32_t)(o->key >> 32));
+        typedef int32_t svec __attribute__((vector_size(VL * 4)));
+        ivec keep = __builtin_convertvector((svec)(x >= o->threshold), ivec);
+        store(s + j - j0, choose(keep, load(s + j - j0) * o->keep_scale, (vec){0}));
+    }
+}
+
+/* dS = P (dP - delta) for keys lo : hi, 0 in the rest of [z0, z1). */
+static __attribute__((unused)) void score_gradients(const real *p, real *dp, real delta, intptr_t j0, intptr_t lo,
+                                                    intptr_t hi, intptr_t z0, intptr_t z1) {
+    intptr_t first = lo - (lo - j0) % VL, j = first;
+    for (; j < hi; j += VL) {
+        vec pj = load(p + j - j0), ds = pj * (load(dp + j - j0) - delta);
+        store(dp + j - j0, choose(pj == 0, (vec){0}, ds));
+    }
+    for (intptr_t i = z0; i < first; i++)
+        dp[i - j0] = 0;
+    for (; j < z1; j++)
+        dp[j - j0] = 0;
+}
+
+/* a *= b, whole vectors that hold [0, n) */
+INLINE void multiply_row(real *a, const real *b, intptr_t n) {
+    for (intptr_t j = 0; j < n; j += VL)
+        store(a + j, choose(load(a + j) == 0, (vec){0}, load(a + j) * load(b + j)));
+}
+
+/* sum[j * stride] += row[j] */
+INLINE void add_strided(real *sum, intptr_t stride, const real *row, intptr_t n) {
+    if (stride == 1)
+        add_row(sum, row, n);
+    else
+        for (intptr_t j = 0; j < n; j++)
+            sum[j * stride] += row[j];
+}
+
+INLINE void scale_row(real *c, intptr_t n, real by) {
+    for (intptr_t j = 0; j < n; j++)
+        c[j] *= by;
+}
+
+INLINE void copy_scaled(real *restrict to, const real *restrict from, intptr_t n, real by) {
+    for (intptr_t j = 0; j < n; j++)
+        to[j] = from[j] * by;
+}
+
+/* sum_d a[d] b[d], in VL chains */
+INLINE real dot(const real *a, const real *b, intptr_t n) {
+    vec sum = {};
+    real rest = 0;
+    intptr_t d = 0;
+    for (; d + VL <= n; d += VL)
+        sum += load(a + d) * load(b + d);
+    for (; d < n; d++)
+        rest += a[d] * b[d];
+    return sum_lanes(sum) + rest;
+}
+
+#endif
