@@ -6,6 +6,7 @@ recurrent.py   the family "rnn": its cases; recurrent_torch.py and recurrent_pee
 attention.py   the family "attention", in files of the same names; attention_memory.py: its job
                that measures the peak of memory
 linear_scan.py the family "linear_scan", its bars; linear_scan_peers.py its contenders
+training.py    the family "training": gradient clipping
 charlm.py      end-to-end job of "rnn": a character-level language model on real text
 translm.py     end-to-end job of "attention": the same by a Transformer, and generation
 lm.py          what the two share: the text, models that take turns, how their losses may differ

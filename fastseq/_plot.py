@@ -44,12 +44,14 @@ def plot_gradient_flow(norms: Array | Mapping[str, Array], path: str | PathLike)
     for label, height in heights.items():
         (line,) = axes.plot(np.where(_drawable(height), height, np.nan), label=label or None)
         _mark_edges(axes, height, (low, high), line.get_color())
-    for name, where, side in (("vanishing", low, "bottom"), ("exploding", high, "top")):
-        axes.annotate(name, (0.01, where), xycoords=("axes fraction", "data"), va=side, color="0.3")
+    regions = (("vanishing", VANISHED / 2, "top"), ("exploding", EXPLODED * 2, "bottom"))
+    for name, where, side in regions:
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": side}
+        axes.annotate(name, (0.99, where), color="0.3", **place)
     axes.set(yscale="log", ylim=(low, high), xlabel="step t", ylabel="||dL/dh_t||, last step = 1")
     axes.grid(linewidth=0.3)
     if any(heights):
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)
 
 

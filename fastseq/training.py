@@ -28,7 +28,7 @@ def clip_grad_norm_(
     """Scale all arrays together, in place, so that their common norm is at most max_norm.
 
         norm = (sum |g|^p)^(1/p) over all elements of all arrays, max |g| for p = inf
-        g <- g * min(max_norm / (norm + 1e-6), 1)
+        g' = g * min(max_norm / (norm + 1e-6), 1)
 
     Args:
         arrays: float32 and float64 arrays of any shapes and strides, writeable, in any mix: each
@@ -61,7 +61,7 @@ def clip_grad_norm_(
 def clip_grad_value_(arrays: Array | Iterable[Array | None], clip_value: float) -> None:
     """Limit every element of all arrays, in place.
 
-        g <- min(max(g, -clip_value), clip_value)        NaN stays NaN
+        g' = min(max(g, -clip_value), clip_value)        NaN stays NaN
 
     Args:
         arrays: as in `clip_grad_norm_`.

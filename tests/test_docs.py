@@ -17,7 +17,8 @@ COMPUTE += ["rotary", "sinusoidal_positions", "alibi_slopes", "vjp"]
 SCALARS = {"nonlinearity", "reverse", "return_cell_states"}
 SCALARS |= {"causal", "window", "scale", "softcap", "dropout_p", "seed", "return_lse"}
 SCALARS |= {"L", "D", "NH", "base", "dtype", "dim", "interleaved", "offsets", "inverse"}
-MODULES = ["fastseq", "fastseq.torch"]
+TRAINING = ["clip_grad_norm_", "clip_grad_value_", "tbptt", "gradient_flow", "plot_gradient_flow"]
+MODULES = ["fastseq", "fastseq.torch", "fastseq.init", "fastseq.torch.init"]
 
 
 def public(module):
@@ -48,7 +49,7 @@ def documented(doc):
 
 
 def test_the_public_names_are_those_of_the_design():
-    names = {*COMPUTE, "set_num_threads", "get_num_threads", "show_config"}
+    names = {*COMPUTE, *TRAINING, "set_num_threads", "get_num_threads", "show_config"}
     assert names <= set(fastseq.__all__)
     assert {fn.values[0].__name__ for fn in FUNCTIONS} >= names
 
@@ -60,10 +61,12 @@ def test_args_are_the_signatures(fn):
     assert documented(doc) == list(inspect.signature(fn).parameters)
 
 
-@pytest.mark.parametrize("name", COMPUTE)
-def test_what_computes_has_every_section(name):
+@pytest.mark.parametrize(
+    "fn", [getattr(fastseq, n) for n in COMPUTE + TRAINING] + public("fastseq.init")
+)
+def test_what_computes_has_every_section(fn):
     """In one order, none empty, after an equation."""
-    doc = inspect.getdoc(getattr(fastseq, name))
+    doc = inspect.getdoc(fn)
     found = re.findall(r"^([A-Z][\w ]*):", doc, re.M)
     assert [title for title in found if title in SECTIONS] == SECTIONS
     for title in SECTIONS:

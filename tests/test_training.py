@@ -12,7 +12,7 @@ import fastseq
 from fastseq import _dispatch
 from fastseq.reference import training as reference
 
-BLOCK = 1 << 14  # of the clipping kernel
+BLOCK = 1 << 16  # of the clipping kernel
 SIZES = [(), (0,), (1,), (3, 5), (64, 64), (BLOCK - 1,), (BLOCK,), (2, BLOCK + 1), (0, 4)]
 NORMS = [1.0, 2.0, 3.0, 0.5, np.inf]
 LAYOUTS = {

@@ -6,21 +6,26 @@ fastseq.torch.nn.LSTM(input_size, hidden_size)      torch.nn's modules
 torch.ops.fastseq.lstm                              registered by this import
 """
 
-from fastseq.torch import nn
+from fastseq.torch import init, nn
 from fastseq.torch.attention import attention, attention_varlen, merge_attention
 from fastseq.torch.attention_cache import KVCache
 from fastseq.torch.attention_sdpa import scaled_dot_product_attention
 from fastseq.torch.functional import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from fastseq.torch.linear_scan import linear_scan, min_gru, min_lstm
 from fastseq.torch.position import alibi_slopes, rotary, sinusoidal_positions
+from fastseq.torch.training import clip_grad_norm_, clip_grad_value_, gradient_flow, tbptt
 
 __all__ = [
     "KVCache",
     "alibi_slopes",
     "attention",
     "attention_varlen",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "gradient_flow",
     "gru",
     "gru_cell",
+    "init",
     "linear_scan",
     "lstm",
     "lstm_cell",
@@ -33,4 +38,5 @@ __all__ = [
     "rotary",
     "scaled_dot_product_attention",
     "sinusoidal_positions",
+    "tbptt",
 ]

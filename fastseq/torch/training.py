@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import _clip
-from fastseq.torch._tensors import FLOATS, unsupported
+from fastseq.torch._tensors import unsupported
 
 _States = Tensor | tuple[Tensor, ...]
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -28,7 +28,7 @@ def clip_grad_norm_(
     max_norm.
 
         norm = (sum |g|^p)^(1/p) over all elements of all gradients, max |g| for p = inf
-        g <- g * min(max_norm / (norm + 1e-6), 1)
+        g' = g * min(max_norm / (norm + 1e-6), 1)
 
     Args:
         parameters: whose gradients are clipped, or one tensor; those without one are skipped.
@@ -70,7 +70,7 @@ def clip_grad_norm_(
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
     """Limit every element of the gradients of all parameters, in place.
 
-        g <- min(max(g, -clip_value), clip_value)        NaN stays NaN
+        g' = min(max(g, -clip_value), clip_value)        NaN stays NaN
 
     Args:
         parameters: as in `clip_grad_norm_`.
@@ -104,7 +104,7 @@ def _gradients(parameters) -> list[Tensor]:
 
 def _batch(op: str, gradients: list[Tensor]) -> _clip.Batch:
     batch = _clip.Batch(op, "gradients")
-    blocks = {dtype: batch.blocks[known] for dtype, known in FLOATS.items()}
+    blocks = {torch.float32: batch.blocks[_clip.F32], torch.float64: batch.blocks[_clip.F64]}
     for i, g in enumerate(gradients):
         block = blocks.get(g.dtype)
         if type(g) not in _PLAIN or g.layout is not torch.strided or not g.is_cpu or block is None:
