@@ -62,7 +62,7 @@ def attention(
 
     Accuracy: float32 within twice torch's own error against float64 (tests). The bits do not
         depend on the thread count or on the other rows of the batch. NaN and infinity in pairs
-        that are not allowed reach nothing.
+        that are not allowed reach nothing, nor does a value whose weight is exactly 0.
     Cost: 2 L S (D + DV) FLOP a head, less all tiles without an allowed pair; for backward o and
         lse are kept; memory beside inputs and outputs linear in L and S.
     Equivalent to: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)

@@ -24,7 +24,8 @@ cdef struct Backward:               # one thread's
     real *dv                        # (keys of the slab, round_up(DV))
     real *q_pack                    # panels of a segment, BACK_ROWS rows at a time; header: whether finite
     real *do_pack
-    real *k_pack                    # K' panels [D][keys], scaled
+    real *q_rows                    # (SEGMENT, round_up(D)), scaled as forward's: the same bits of the scores
+    real *k_pack                    # K' panels [D][keys]
     real *v_pack                    # V' panels [DV][keys]
     real *k_rows                    # panels [keys][D], scaled
     bint k_finite
@@ -61,6 +62,7 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     g.dv = <real *>take(arena, keys * DV * real_bytes)
     g.q_pack = <real *>take(arena, rows * (D + 1) * real_bytes)
     g.do_pack = <real *>take(arena, rows * (DV + 1) * real_bytes)
+    g.q_rows = <real *>take(arena, rows * D * real_bytes)
     g.k_pack = <real *>take(arena, BACK_KEYS * D * real_bytes)
     g.v_pack = <real *>take(arena, BACK_KEYS * DV * real_bytes)
     g.k_rows = <real *>take(arena, BACK_KEYS * D * real_bytes)
@@ -85,6 +87,8 @@ cdef void pack_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, P
         to = g.do_pack + i * (round_up(p.DV) + 1)
         to[0] = pack_panels(of_query(p, &p.d_o, b, h, i0 + i), p.d_o.i, rows, p.DV, 1, to + BACK_ROWS)
     for r in range(n):
+        memset(g.q_rows + (r + 1) * round_up(p.D) - VL, 0, VL * sizeof(real))
+        copy_scaled(g.q_rows + r * round_up(p.D), of_query(p, &p.q, b, h, i0 + r), p.D, p.scale)
         g.delta[r] = dot(of_query(p, &p.d_o, b, h, i0 + r), of_query(p, &p.o, b, h, i0 + r), p.DV)
         if p.dlse.data != NULL:
             g.delta[r] -= of_query(p, &p.dlse, b, h, i0 + r)[0]
@@ -94,7 +98,6 @@ cdef void pack_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, P
 cdef void pack_slab_block(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
     cdef const Problem *p = g.p
     pack_keys(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, g.k_pack)
-    scale_row(g.k_pack, p.D * round_up(n), p.scale)
     pack_keys(of_key(p, &p.v, b, hk, j0), p.v.i, n, p.DV, g.v_pack)
     g.k_finite = pack_panels(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, p.scale, g.k_rows)
 
@@ -115,7 +118,10 @@ cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py
         memset(ds, 0, n * sizeof(real))
         return
     finish_scores(o, w, j0, at.lo, at.hi, factor)
-    exponentials(w, j0, at.lo, at.hi, j0, j0 + n, lse)
+    if lse == lse:
+        exponentials(w, j0, at.lo, at.hi, j0, j0 + n, lse)
+    else:
+        nan_weights(w, j0, at.lo, at.hi, j0, j0 + n)
     if o.threshold:
         drop(o, ds, j0, at.lo, at.hi)
     score_gradients(w, ds, delta, j0, at.lo, at.hi, j0, j0 + n)
@@ -126,6 +132,20 @@ cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py
         multiply_row(ds, factor, n)
     if o.threshold:
         drop(o, w, j0, at.lo, at.hi)
+
+
+cdef void decode_scores(const Problem *p, Py_ssize_t b, Py_ssize_t h, const real **q, int rows, const Limits *tile,
+                        Py_ssize_t j0, real **w) noexcept nogil:
+    """Scores summed as decoding does: weights from others would not add up to 1 under its lse."""
+    cdef int r = 0, n
+    cdef real *s[DECODE_ROWS]
+    cdef int i
+    while r < rows:
+        n = <int>imin(rows - r, DECODE_ROWS)
+        for i in range(n):
+            s[i] = w[r + i] + (tile.lo - j0)
+        dots(n, q + r, of_key(p, &p.k, b, h // p.group, tile.lo), p.k.i, tile.hi - tile.lo, p.D, s)
+        r += n
 
 
 cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t first, int rows,
@@ -147,11 +167,14 @@ cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, 
         if clip(&g.options[first + r], g.limit[segment + first + r].lo, g.limit[segment + first + r].hi, j0, j0 + n,
                 &g.at[first + r]):
             tile.lo, tile.hi = imin(tile.lo, g.at[first + r].lo), max(tile.hi, g.at[first + r].hi)
-        q[r], d_o[r] = of_query(p, &p.q, b, h, i), of_query(p, &p.d_o, b, h, i)
+        q[r], d_o[r] = g.q_rows + (segment + first + r) * round_up(p.D), of_query(p, &p.d_o, b, h, i)
         w[r], ds[r] = g.weights + (first + r) * BACK_ROW, g.ds + (first + r) * BACK_ROW
         dq[r] = dq_part(g, b, slab, h, i)
     if tile.lo < tile.hi:
-        panels(rows, 0, q, 0, 0, p.D, g.k_pack, p.D, n, tile.lo - j0, tile.hi - j0, g.zero, w)
+        if is_decode(p, b):
+            decode_scores(p, b, h, q, rows, &tile, j0, w)
+        else:
+            panels(rows, 0, q, 0, 0, p.D, g.k_pack, p.D, n, tile.lo - j0, tile.hi - j0, g.zero, w)
         panels(rows, 0, d_o, 0, 0, p.DV, g.v_pack, p.DV, n, tile.lo - j0, tile.hi - j0, g.zero, ds)
     for r in range(rows):
         gradient_row(g, first + r, b, h, i0 + first + r, g.delta[segment + first + r], j0, n)

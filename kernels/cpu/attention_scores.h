@@ -114,6 +114,9 @@ INLINE void narrow(RowOptions *o, intptr_t *lo, intptr_t *hi) {
     o->masked = *lo < *hi && memchr(mask + *lo, 0, *hi - *lo) != 0;
 }
 
+/* A bias of -inf masks a pair out, whatever its score is. */
+INLINE vec biased(vec x, vec bias) { return choose(bias == NEGATIVE_INFINITY, NEGATIVE_INFINITY, x + bias); }
+
 /* One vector of scores with everything that is added to them; `edge`: some of its keys are outside [lo, hi). */
 INLINE vec finished(const RowOptions *o, vec x, intptr_t j, intptr_t lo, intptr_t hi, int edge, real *factor) {
     if (o->softcap != 0) {
@@ -127,7 +130,7 @@ INLINE vec finished(const RowOptions *o, vec x, intptr_t j, intptr_t lo, intptr_
         x -= o->slope * choose(distance < 0, -distance, distance);
     }
     if (o->bias)
-        x += load_strided(o->bias + j * o->bias_j, o->bias_j, hi - j);
+        x = biased(x, load_strided(o->bias + j * o->bias_j, o->bias_j, hi - j));
     if (o->masked)
         x = choose(load_mask(o->mask + j * o->mask_j, o->mask_j, hi - j), x, NEGATIVE_INFINITY);
     return edge ? choose(within(j, lo, hi), x, NEGATIVE_INFINITY) : x;
@@ -143,7 +146,7 @@ INLINE intptr_t whole_vectors(const RowOptions *o, real *s, intptr_t j, intptr_t
         }
     else
         for (; j + 2 * VL <= hi; j += 2 * VL) {
-            vec a = load(s + j) + load(bias + j), b = load(s + j + VL) + load(bias + j + VL);
+            vec a = biased(load(s + j), load(bias + j)), b = biased(load(s + j + VL), load(bias + j + VL));
             store(s + j, a);
             store(s + j + VL, b);
             most[0] = max_(most[0], a);
@@ -154,7 +157,7 @@ INLINE intptr_t whole_vectors(const RowOptions *o, real *s, intptr_t j, intptr_t
 
 /* Scores of keys lo : hi to their final values, -inf where a pair may not attend; s is key j0's place. Only whole
  * vectors that hold a key of [lo, hi) are written. `factor`: NULL, or gets d score / d product of the softcap. Returns
- * the largest score. */
+ * the largest score, NaN where there is no other. */
 static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, intptr_t j0, intptr_t lo, intptr_t hi,
                                                   real *factor) {
     vec most[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
@@ -177,6 +180,8 @@ static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, 
     real m = most[0][0];
     for (int l = 1; l < VL; l++)
         m = most[0][l] > m ? most[0][l] : m;
+    for (j = lo; j < hi && m == -(real)INFINITY; j++) /* the maximum passes over NaN */
+        m = s[j] != s[j] ? s[j] : m;
     return m;
 }
 
@@ -195,6 +200,13 @@ static __attribute__((unused)) real exponentials(real *s, intptr_t j0, intptr_t 
     for (; j < z1; j++)
         s[j - j0] = 0;
     return sum_lanes(sum);
+}
+
+/* The weights of a row whose lse is NaN: NaN where a pair may attend, 0 in the rest of [z0, z1). */
+static __attribute__((unused)) void nan_weights(real *s, intptr_t j0, intptr_t lo, intptr_t hi, intptr_t z0,
+                                                intptr_t z1) {
+    for (intptr_t j = z0; j < z1; j++)
+        s[j - j0] = j < lo || j >= hi || s[j - j0] == -(real)INFINITY ? 0 : (real)NAN;
 }
 
 /* ---- dropout: 32 bits for every (seed, batch, head, query, key), from counters alone */
