@@ -347,3 +347,12 @@ def test_dropout_of_everything(dtype, path):
     problem = AttentionProblem(**{**SIZES, **PATHS[path]}, dtype=dtype, dropout_p=1.0)
     assert_solved(problem)
     assert not forward(problem)["o"].any()
+
+
+@pytest.mark.parametrize("scale", [-0.7, 1.5])
+@pytest.mark.parametrize("L", [2, 8, 13])
+def test_float32_gradients_of_scores_of_some_units(L, scale):
+    """Weights recomputed from scores that are summed otherwise than forward's would miss this."""
+    problem = AttentionProblem(B=5, L=L, S=19, D=11, DV=9, dtype="float32", scale=scale)
+    ours, (ref, peer) = solve(problem), judge(problem)
+    assert_all_close(ours.grads, ref.grads, peer.grads, grad=True)

@@ -150,7 +150,7 @@ def poisoned_where_unattended(problem, poison):
 
 
 @every_poison
-@pytest.mark.parametrize("masking", [name for name in MASKINGS if name != "bias-keys"])
+@pytest.mark.parametrize("masking", MASKINGS)
 @every_path
 def test_poison_that_is_not_attended_leaks_nowhere(path, masking, poison):
     """And, of what only lengths, causal and window rule out, not a bit changes: it is not read."""
@@ -196,6 +196,27 @@ def test_poison_comes_out_where_the_reference_has_it(masking, path, name, poison
     a = getattr(problem, part)[name].copy()
     a[1, 0, a.shape[2] // 2] = poison
     assert_solved(problem.having(**{part: {name: a}}))
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+@pytest.mark.parametrize("path", ["decode", "packed", "packed-blocks", "long"])
+@pytest.mark.parametrize(
+    "masking", ["lengths", "causal", "bottom_right", "window", "mask", "bias", "softcap-alibi"]
+)
+def test_scores_of_nan_come_out_where_the_reference_has_them(masking, path, name):
+    problem = replace(problem_of(path, MASKINGS[masking]), B=2)
+    a = problem.inputs[name].copy()
+    a[1, 0, a.shape[2] // 2] = np.nan
+    assert_solved(problem.having(inputs={name: a}))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("path", ["decode", "packed", "packed-blocks"])
+def test_a_bias_of_nan_or_infinity_spoils_its_row_alone(path, value):
+    problem = problem_of(path, {"bias": "BxNHxLxS"})
+    bias = problem.inputs["bias"].copy()
+    bias[1, 0, 3, 5] = value
+    assert_solved(problem.having(inputs={"bias": bias}))
 
 
 @pytest.mark.parametrize("path", PATHS)
