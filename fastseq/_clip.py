@@ -27,6 +27,7 @@ class Batch:
         self.op, self.name = op, name
         self.blocks: dict[np.dtype, tuple[list[int], list[int]]] = {F32: ([], []), F64: ([], [])}
         self.strided: list[np.ndarray] = []
+        self._tables: list | None = None  # of the blocks, from the first pass on
 
     def add(self, i: int, a: np.ndarray) -> None:
         """Array i of the caller's."""
@@ -81,13 +82,13 @@ class Batch:
 
     def _pass(self, kind: int, c: float) -> list[np.ndarray]:
         """One pass over the blocks; the partial results of a norm."""
-        run, parts = _kernels(self.op).run, [np.zeros(1)]
-        for dtype, (addresses, sizes) in self.blocks.items():
-            if addresses:
-                threads = _dispatch.get_num_threads()
-                if kind == _kernels(self.op).SCALE and _overlap(addresses, sizes, dtype):
-                    threads = 1
-                parts.append(run(kind, dtype.itemsize, addresses, sizes, c, threads))
+        clip, parts = _kernels(self.op), [np.zeros(1)]
+        if self._tables is None:
+            found = [(dtype.itemsize, *blocks) for dtype, blocks in self.blocks.items()]
+            self._tables = [clip.Table(*table) for table in found if table[1]]
+        for table in self._tables:
+            alone = kind == clip.SCALE and table.overlaps()
+            parts.append(clip.run(kind, table, c, 1 if alone else _dispatch.get_num_threads()))
         return parts
 
 
@@ -124,14 +125,6 @@ def _limit(op: str, name: str, value) -> float:
     if not found >= 0:
         raise ValueError(f"{op}: {name} must be >= 0, got {value!r}")
     return found
-
-
-def _overlap(addresses: list[int], sizes: list[int], dtype: np.dtype) -> bool:
-    """Whether any share memory: as an array given twice, which is then scaled twice."""
-    first = np.array(addresses)
-    order = np.argsort(first)
-    first, ends = first[order], (first + np.multiply(sizes, dtype.itemsize))[order]
-    return bool((ends[:-1] > first[1:]).any())
 
 
 @cache

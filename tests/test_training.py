@@ -152,12 +152,26 @@ def test_squares_may_leave_the_range_of_float32(size):
     assert (a == (np.float32(0.5) if size > 1 else np.float32(size))).all()
 
 
-def test_an_array_given_twice_is_scaled_twice(monkeypatch):
-    monkeypatch.setattr(_dispatch._Threads, "forced", 3)
-    a = np.ones(1 << 17)
-    norm = fastseq.clip_grad_norm_([a, a], 256.0)
-    assert norm == 512
-    np.testing.assert_array_equal(a, np.full_like(a, 256 / (512 + 1e-6)) ** 2)
+def test_an_array_is_scaled_as_often_as_it_is_given(monkeypatch):
+    """By one thread: two would do it at the same time."""
+    kernel, threads = pytest.importorskip("fastseq.kernels.numba.clip"), []
+    native_run = kernel.native.run
+
+    def run(function, job, n):
+        threads.append(n)
+        native_run(function, job, n)
+
+    monkeypatch.setattr(_dispatch._Threads, "forced", 2)
+    monkeypatch.setattr(kernel.native, "run", run)
+    a, b = np.ones(BLOCK), np.ones(BLOCK)
+    c = 512 / (1024 + 1e-6)
+    for arrays, powers, expected in (([a, b] * 8, 8, [2, 1]), ([np.ones(16 * BLOCK)], 1, [2, 2])):
+        assert fastseq.clip_grad_norm_(arrays, 512.0) == 1024
+        scaled = np.prod(np.full(powers, c))
+        for array in arrays:
+            assert_close(array, np.full_like(array, scaled))
+        assert threads == expected
+        threads.clear()
 
 
 @pytest.mark.parametrize("p", NORMS)

@@ -19,11 +19,12 @@ from numba import carray, njit
 
 BLOCK = 1 << 16  # elements
 STREAMS = 4  # places of a block read at once: past L2 1.4 times as fast as one (Zen 3, 2 cores)
-SMALL = 1 << 15  # elements that one thread does in less time than it takes to wake a second
+# elements: 4e5 take one thread 39 us, two 31, but far longer if a core is busy (Zen 3)
+SMALL = 1 << 19
 SQUARES, ABSOLUTES, POWERS, LARGEST, SCALE, LIMIT = range(6)
 
-# table: (3, arrays) int64, the addresses, sizes and first tasks; partials: (tasks,) and c: (1,).
-JOB = native.record("kind", "itemsize", "arrays", "tasks", table="", partials="", c="")
+# blocks, firsts: those of a Table; partials: (tasks,) and c: (1,) float64.
+JOB = native.record("kind", "itemsize", "arrays", "tasks", blocks="", firsts="", partials="", c="")
 _INT, _SUM = np.int64(0), np.float64(0)
 
 # The additions of a block may be vectorised; nothing is assumed of NaN and infinity.
@@ -105,15 +106,15 @@ def _limit(x, n, c):
 @njit(**OPTIONS)
 def _block(job, task):
     """The array of a task, by bisection, and which of its elements are the task's."""
-    first_tasks, low, high = at(job.table + 16 * job.arrays, _INT), 0, job.arrays
+    firsts, low, high = at(job.firsts, _INT), 0, job.arrays
     while high - low > 1:
         middle = (low + high) // 2
-        if first_tasks[middle] <= task:
+        if firsts[middle] <= task:
             low = middle
         else:
             high = middle
-    start = (task - first_tasks[low]) * BLOCK
-    return low, start, min(BLOCK, at(job.table + 8 * job.arrays, _INT)[low] - start)
+    start = (task - firsts[low]) * BLOCK
+    return low, start, min(BLOCK, at(job.blocks + 8 * job.arrays, _INT)[low] - start)
 
 
 @njit(**OPTIONS)
@@ -125,7 +126,7 @@ def _pass(job, like):
     while drawn < job.tasks:
         task = job.tasks - 1 - drawn if kind == SCALE else drawn
         array, start, n = _block(job, task)
-        x = at(at(job.table, _INT)[array] + start * job.itemsize, like)
+        x = at(at(job.blocks, _INT)[array] + start * job.itemsize, like)
         if kind == SQUARES:
             partials[task] = _squares(x, n)
         elif kind == ABSOLUTES:
@@ -158,19 +159,34 @@ def _kernel(itemsize):
     return native.compile_all(what, (function,))[0]
 
 
-def run(kind, itemsize, addresses, sizes, c, threads):
+class Table:
+    """Arrays as the passes take them.
+
+    blocks: (2, arrays) int64, of each array the address of its first element and how many follow
+    each other from there; firsts: (arrays + 1,) int64, its first task, and at the end all tasks.
+    """
+
+    def __init__(self, itemsize, addresses, sizes):
+        self.itemsize, self.blocks = itemsize, np.array((addresses, sizes), np.int64)
+        self.firsts = np.zeros(len(sizes) + 1, np.int64)
+        np.cumsum(-(self.blocks[1] // -BLOCK), out=self.firsts[1:])
+        self.small = sum(sizes) < SMALL
+
+    def overlaps(self):
+        """Whether any share memory, as an array given twice: to be scaled by one thread."""
+        starts, sizes = self.blocks[:, self.blocks[0].argsort()]
+        return bool((starts[:-1] + self.itemsize * sizes[:-1] > starts[1:]).any())
+
+
+def run(kind, table, c, threads):
     """Pass over the arrays once; the results of a norm's blocks, in order.
 
-    addresses, sizes: of each array its first element and how many follow each other from
-    there. c: p of POWERS, the factor of SCALE, the limit of LIMIT.
+    c: p of POWERS, the factor of SCALE, the limit of LIMIT.
     """
-    table = np.array((addresses, sizes, sizes), np.int64)
-    elements = int(table[1].sum())
-    ends = np.cumsum(-(table[1] // -BLOCK))
-    table[2, 0], table[2, 1:] = 0, ends[:-1]
-    tasks = int(ends[-1])
+    tasks = int(table.firsts[-1])
     partials = np.empty(tasks)
-    numbers, arrays = (kind, itemsize, len(sizes), tasks), (table, partials, np.array([c]))
+    numbers = (kind, table.itemsize, table.blocks.shape[1], tasks)
+    arrays = (table.blocks, table.firsts, partials, np.array([c]))
     job = native.job(numbers, [(a, 0) for a in arrays])
-    native.run(_kernel(itemsize), job, threads if elements >= SMALL else 1)
+    native.run(_kernel(table.itemsize), job, 1 if table.small else threads)
     return partials
