@@ -33,6 +33,14 @@ def misaligned(a):
     return shifted
 
 
+def many_threads(monkeypatch, n):
+    """However little there is to do. Returns the kernels' module."""
+    kernel = pytest.importorskip("fastseq.kernels.numba.clip")
+    monkeypatch.setattr(kernel, "SMALL", 0)
+    monkeypatch.setattr(_dispatch._Threads, "forced", n)
+    return kernel
+
+
 def drawn(rng, dtype="float32", sizes=SIZES, scale=1.0):
     return [np.array(scale * rng.standard_normal(s), dtype) for s in sizes]
 
@@ -154,14 +162,13 @@ def test_squares_may_leave_the_range_of_float32(size):
 
 def test_an_array_is_scaled_as_often_as_it_is_given(monkeypatch):
     """By one thread: two would do it at the same time."""
-    kernel, threads = pytest.importorskip("fastseq.kernels.numba.clip"), []
+    kernel, threads = many_threads(monkeypatch, 2), []
     native_run = kernel.native.run
 
     def run(function, job, n):
         threads.append(n)
         native_run(function, job, n)
 
-    monkeypatch.setattr(_dispatch._Threads, "forced", 2)
     monkeypatch.setattr(kernel.native, "run", run)
     a, b = np.ones(BLOCK), np.ones(BLOCK)
     c = 512 / (1024 + 1e-6)
@@ -180,7 +187,7 @@ def test_threads_agree_bitwise(dtype, p, monkeypatch, rng):
     made = drawn(rng, dtype, [*SIZES, (5 * BLOCK + 3,)])
     results = []
     for threads in (1, 2, 3, 7):
-        monkeypatch.setattr(_dispatch._Threads, "forced", threads)
+        many_threads(monkeypatch, threads)
         arrays = [a.copy() for a in made]
         results.append([*arrays, np.array(fastseq.clip_grad_norm_(arrays, 0.3, p))])
         fastseq.clip_grad_value_(arrays, 1e-4)

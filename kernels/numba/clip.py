@@ -19,8 +19,9 @@ from numba import carray, njit
 
 BLOCK = 1 << 16  # elements
 STREAMS = 4  # places of a block read at once: past L2 1.4 times as fast as one (Zen 3, 2 cores)
-# elements: 4e5 take one thread 39 us, two 31, but far longer if a core is busy (Zen 3)
-SMALL = 1 << 19
+# elements that one thread passes over: at 1.6e6 it is 1.2 times as slow as two on an idle machine,
+# and does not wait for a core that is busy, which took up to 30 times as long (Zen 3, 2 cores)
+SMALL = 1 << 21
 SQUARES, ABSOLUTES, POWERS, LARGEST, SCALE, LIMIT = range(6)
 
 # blocks, firsts: those of a Table; partials: (tasks,) and c: (1,) float64.
