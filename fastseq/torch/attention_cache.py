@@ -61,9 +61,11 @@ class KVCache:
             if given.dtype != held.dtype:
                 raise TypeError(f"{_APPEND}: {name} must be {held.dtype}, got {given.dtype}")
         starts = self.lengths.tolist() if counts is None else []
-        if len(set(starts)) == 1 and starts[0] + n <= capacity:  # the usual step, 10 times as fast
-            at = slice(starts[0], starts[0] + n)
-            self.k[:, :, at], self.v[:, :, at] = k, v
+        if (
+            len(set(starts)) == 1 and starts[0] + n <= capacity
+        ):  # the usual step, 6 times as fast (2-core Zen 3)
+            step = slice(starts[0], starts[0] + n)
+            self.k[:, :, step], self.v[:, :, step] = k, v
             self.lengths = self.lengths + n
             return
         taken = torch.full_like(self.lengths, n) if counts is None else counts

@@ -45,7 +45,7 @@ INLINE vec max_(vec a, vec b) {
 #endif
 }
 
-/* e^x for x <= 0; 0 below -EXP_MAX; NaN stays. Max error 1 ULP beside the reduction's. */
+/* e^x for x <= 0; 0 below -EXP_MAX; NaN stays. Max error 1.1 ULP (float32, every level but AVX-512 tried). */
 INLINE vec exp_nonpositive(vec x) {
     vec scale, p = expm1_reduced(max_(broadcast(-EXP_MAX), x), &scale);
     return choose(x < -EXP_MAX, (vec){0}, p * scale + scale);
