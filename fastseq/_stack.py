@@ -14,51 +14,16 @@ from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fastseq import _check, _dispatch
 from fastseq._arrays import contiguous, rows
-from fastseq.kernels.cpu.contract import CELLS, GATES, Scan
+from fastseq._spec import Spec
+from fastseq.kernels.cpu.contract import CompiledCell, Scan
 
 Array = np.ndarray
-
-
-class Spec(NamedTuple):
-    """What does not change from call to call."""
-
-    cell: str  # rnn_tanh rnn_relu gru lstm
-    num_layers: int = 1
-    bidirectional: bool = False
-    reverse: bool = False  # one direction only: time runs backwards
-    bias: bool = True
-    proj: bool = False  # weights hold w_hr
-    step: bool = False  # called as a single step: errors say gru_cell and h, not gru and h0
-
-    @property
-    def op(self) -> str:
-        """The public name, for errors."""
-        return self.cell.split("_")[0] + "_cell" * self.step
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @property
-    def scans(self) -> int:
-        return self.num_layers * self.directions
-
-    @property
-    def per_scan(self) -> int:
-        """Arrays of one direction of one layer in the flat list of weights."""
-        return 2 + 2 * self.bias + self.proj
-
-    def weights_of(self, weights: Sequence, index: int) -> tuple:
-        """(w_ih, w_hh, b_ih, b_hh, w_hr) of scan `index`, None where absent."""
-        part = list(weights[index * self.per_scan : (index + 1) * self.per_scan])
-        w_hr = part.pop() if self.proj else None
-        return (*part, w_hr) if self.bias else (*part, None, None, w_hr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +38,7 @@ class Plan:
     inputs: tuple[int, ...]  # input size of every scan
     dtype: np.dtype
     kernels: ModuleType
+    cell: int | CompiledCell  # what the kernels know it by
     packed: tuple[slice, ...]  # every scan's part of the packed weights
     packed_size: int
     reserve: dict[tuple[str, int], tuple[slice, tuple[int, ...]]]  # (name, scan or layer)
@@ -95,7 +61,8 @@ def _slices(sizes: Sequence[int]) -> tuple[tuple[slice, ...], int]:
 
 @lru_cache(maxsize=1024)
 def _sized(spec: Spec, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype) -> Plan:  # noqa: E741
-    kernels, cell = _dispatch.kernels("recurrent", dtype), CELLS[spec.cell]
+    kernels = _dispatch.kernels("recurrent", dtype)
+    cell = spec.kind.cell(kernels)
     D, R = spec.directions, P or H
     inputs = tuple(I if index < D else D * R for index in range(spec.scans))
     packed, packed_size = _slices([kernels.packed_size(cell, n, H, P) for n in inputs])
@@ -104,7 +71,7 @@ def _sized(spec: Spec, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype) 
     for index in range(spec.scans):
         if gate_row:
             shapes["gates", index] = (T, B, gate_row)
-        if spec.cell == "lstm":
+        if spec.kind.has_c:
             shapes["c", index] = (T, B, H)
         if P:
             shapes["m", index] = (T, B, H)
@@ -112,13 +79,13 @@ def _sized(spec: Spec, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype) 
         shapes["y", layer] = (T, B, D * R)
     slices, size = _slices([prod(shape) for shape in shapes.values()])
     reserve = dict(zip(shapes, zip(slices, shapes.values(), strict=True), strict=True))
-    return Plan(T, B, H, P, R, inputs, dtype, kernels, packed, packed_size, reserve, size)
+    return Plan(T, B, H, P, R, inputs, dtype, kernels, cell, packed, packed_size, reserve, size)
 
 
 @lru_cache(maxsize=1024)
 def _checked(spec: Spec, x: tuple, h0: tuple | None, c0: tuple | None, weights: tuple) -> Plan:
     """Check signatures (shape, dtype) and plan for them."""
-    op, G = spec.op, GATES[spec.cell]
+    op, G = spec.op, spec.kind.gates
     letters = f"{G}H, I" if G > 1 else "H, I"
     name = "w_ih" if spec.scans == 1 else "w_ih_l0"
     w_ih, w_hr = weights[0], spec.weights_of(weights, 0)[4]
@@ -141,7 +108,8 @@ def _checked(spec: Spec, x: tuple, h0: tuple | None, c0: tuple | None, weights: 
 
 
 def _check_weights(spec: Spec, plan: Plan, weights: tuple, index: int) -> None:
-    G, H, R, P = GATES[spec.cell], plan.H, plan.R, plan.P
+    kind, H, R, P = spec.kind, plan.H, plan.R, plan.P
+    G, N = kind.gates, kind.params
     gates = f"{G}H" if G > 1 else "H"
     layer, direction = divmod(index, spec.directions)
     suffix = "" if spec.scans == 1 else f"_l{layer}" + "_reverse" * direction
@@ -151,9 +119,10 @@ def _check_weights(spec: Spec, plan: Plan, weights: tuple, index: int) -> None:
         ("b_ih", f"{gates},", (G * H,)),
         ("b_hh", f"{gates},", (G * H,)),
         ("w_hr", "P, H", (P, H)),
+        ("params", "N, H", (N, H)),
     ]
     for value, (name, letters, numbers) in zip(weights, expected, strict=True):
-        if value is not None or name in ("w_ih", "w_hh"):
+        if name in spec.names:
             _check.floats(spec.op, name + suffix, value, plan.dtype)
             _check.shape(spec.op, name + suffix, value[0], letters, numbers)
 
@@ -195,14 +164,14 @@ def _pack(plan: Plan, spec: Spec, weights: Sequence) -> Array:
     for index in range(spec.scans):
         part = tuple([contiguous(w) for w in spec.weights_of(weights, index)])
         sizes = plan.inputs[index], plan.H, plan.P
-        plan.kernels.pack(CELLS[spec.cell], *sizes, part, packed[plan.packed[index]], threads)
+        plan.kernels.pack(plan.cell, *sizes, part, packed[plan.packed[index]], threads)
     return packed
 
 
 def pack(spec: Spec, weights: Sequence) -> Array:
     """The weights of all layers as the forward kernels read them: opaque, for this process."""
-    w_ih, *_, w_hr = spec.weights_of(weights, 0)
-    sizes = w_ih.shape[1], w_ih.shape[0] // GATES[spec.cell], 0 if w_hr is None else len(w_hr)
+    w_ih, _, _, _, w_hr, _ = spec.weights_of(weights, 0)
+    sizes = w_ih.shape[1], w_ih.shape[0] // spec.kind.gates, 0 if w_hr is None else len(w_hr)
     return _pack(_sized(spec, 1, 1, *sizes, w_ih.dtype), spec, weights)
 
 
@@ -251,6 +220,7 @@ class _Call:
             c=self.half(c, d, plan.H) if kept_c is None else kept_c,
             m=m,
             gates=plan.kept(self.reserve, "gates", index),
+            limit=self.spec.limit,
         )
 
     def half(self, a: Array | None, d: int, width: int) -> Any:
@@ -261,7 +231,7 @@ class _Call:
 
     def run(self, kernel, scans: list[Scan]) -> None:
         threads = _dispatch.get_num_threads()
-        kernel(CELLS[self.spec.cell], scans, threads, _dispatch.l2_bytes())
+        kernel(self.plan.cell, scans, threads, _dispatch.l2_bytes())
 
 
 def _call(spec, plan, h0, c0, lengths, resets, reserve) -> _Call:
@@ -296,7 +266,7 @@ def forward(
     call = _call(spec, plan, h0, c0, lengths, resets, reserve)
     packed = _pack(plan, spec, weights) if packed is None else packed
     h_n = np.empty((spec.scans, B, plan.R), dtype)
-    c_n = np.empty((spec.scans, B, plan.H), dtype) if spec.cell == "lstm" else None
+    c_n = np.empty((spec.scans, B, plan.H), dtype) if spec.kind.has_c else None
     c = np.empty((T, B, D * plan.H), dtype) if cell_states else None
     y = rows(x)
     for layer in range(spec.num_layers):
@@ -344,7 +314,7 @@ def backward(
     _check_cotangents(spec, plan, dy, dh_n, dc_n, dc)
     dh_n, dc_n, dc = contiguous(dh_n), contiguous(dc_n), rows(dc)
     dh0 = np.empty((spec.scans, plan.B, plan.R), plan.dtype)
-    dc0 = np.empty((spec.scans, plan.B, plan.H), plan.dtype) if spec.cell == "lstm" else None
+    dc0 = np.empty((spec.scans, plan.B, plan.H), plan.dtype) if spec.kind.has_c else None
     dweights: list = []
     for layer in reversed(range(spec.num_layers)):
         top = layer == spec.num_layers - 1

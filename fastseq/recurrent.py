@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fastseq import _check, _stack
-from fastseq._stack import Array, Spec
+from fastseq._spec import Spec
+from fastseq._stack import Array
 
 
 def _weights(weights: tuple, op: str) -> tuple[tuple, bool]:

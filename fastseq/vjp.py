@@ -10,7 +10,7 @@ import numpy as np
 
 from fastseq import _attend, _stack, recurrent
 from fastseq._attend import Options
-from fastseq._stack import Spec
+from fastseq._spec import Spec
 from fastseq.attention import attention, attention_varlen
 from fastseq.linear_scan import linear_scan, linear_scan_vjp, min_gru, min_lstm, min_vjp
 from fastseq.position import rotary

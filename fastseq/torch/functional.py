@@ -5,7 +5,7 @@ Same names, arguments and results as the NumPy functions of `fastseq`.
 
 from torch import Tensor
 
-from fastseq._stack import Spec
+from fastseq._spec import Spec
 from fastseq.torch.ops import run, run_step
 
 

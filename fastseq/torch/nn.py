@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq._stack import Spec
+from fastseq._spec import Spec
 from fastseq.torch._weights import PackedWeights
 from fastseq.torch.attention_nn import MultiheadAttention
 from fastseq.torch.linear_scan_nn import MinGRU, MinLSTM

@@ -14,7 +14,7 @@ from torch import _C
 from torch.autograd import Function
 
 from fastseq import _stack
-from fastseq._stack import Spec
+from fastseq._spec import Spec
 from fastseq.torch._tensors import (
     FLOATS,
     OnceDifferentiable,

@@ -1,6 +1,7 @@
 # What every CPU kernel stands on: the vocabulary of tile.h, threads, memory, arrays as pointers.
 
 from cpython.buffer cimport PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
+from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset

@@ -9,11 +9,13 @@
  *     gru   xn | r | z | hn        gradients  dhn | dr | dz | dxn    (hn = W_hn h + b_hn stays apart from xn)
  *     lstm  i | f | g | o          gradients  di | df | dg | do
  * The state product adds to the last `gates` planes, the projected input to the first: for a GRU they differ by one.
- * The gradients of the first `gates` planes belong to h, of the last to x: DGATES holds them as [plane][H].
+ * The gradients of the first `gates` planes belong to h, of the last to x: DGATES holds them as [plane][H], and
+ * after them those of the parameters per unit that a cell may have.
  */
 #ifndef FASTSEQ_CELLS_H
 #define FASTSEQ_CELLS_H
 
+#include "functions.h"
 #include "tile.h"
 
 enum Slot {
@@ -26,10 +28,15 @@ enum Slot {
 typedef struct {
     intptr_t rows, blocks;
     intptr_t dgates_plane; /* distance of two planes in DGATES */
+    intptr_t params_plane; /* and of two of `params` */
+    const real *params;    /* the parameters of the tile's units, whole vectors; they are the same for all rows */
+    const Functions *functions;
     real *row[SLOTS][MAX_ROWS];
 } Tile;
 
 typedef void (*CellFn)(const Tile *);
+
+enum { MAX_PARAMS = 8 };
 
 typedef struct {
     int gates;       /* rows of w_ih and w_hh per unit */
@@ -37,6 +44,8 @@ typedef struct {
     int has_c;       /* a second state besides h */
     int saves_gates; /* backward needs GATES (a plain RNN needs only H) */
     int dh_direct;   /* h reaches h' also past the gates: DH_OUT is written */
+    int recurrent;   /* h is multiplied with w_hh; else it reaches h' only past the gates */
+    int params;      /* parameters per unit */
     CellFn forward, backward;
 } Cell;
 
@@ -136,11 +145,11 @@ enum { RNN_TANH, RNN_RELU, GRU, LSTM, CELLS };
 /* Returned by value: a table of function pointers is no shared state. */
 INLINE Cell cell_of(int which) {
     const Cell cells[CELLS] = {
-        /* gates planes has_c saves_gates dh_direct */
-        [RNN_TANH] = {1, 1, 0, 0, 0, rnn_tanh_forward, rnn_tanh_backward},
-        [RNN_RELU] = {1, 1, 0, 0, 0, rnn_relu_forward, rnn_relu_backward},
-        [GRU] = {3, 4, 0, 1, 1, gru_forward, gru_backward},
-        [LSTM] = {4, 4, 1, 1, 0, lstm_forward, lstm_backward},
+        /* gates planes has_c saves_gates dh_direct recurrent params */
+        [RNN_TANH] = {1, 1, 0, 0, 0, 1, 0, rnn_tanh_forward, rnn_tanh_backward},
+        [RNN_RELU] = {1, 1, 0, 0, 0, 1, 0, rnn_relu_forward, rnn_relu_backward},
+        [GRU] = {3, 4, 0, 1, 1, 1, 0, gru_forward, gru_backward},
+        [LSTM] = {4, 4, 1, 1, 0, 1, 0, lstm_forward, lstm_backward},
     };
     return cells[which];
 }

@@ -11,7 +11,24 @@ from dataclasses import dataclass
 from typing import Any
 
 CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}  # the order of cells.h
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledCell:
+    """A cell that is not one of CELLS: callbacks `void cell(const Tile *)` of cells.h.
+
+    Forward leaves GATES as they are. Backward gets them, H_PREV if dh_direct, C_PREV and the
+    gradients, and writes DGATES (the planes, then the parameters), DH_OUT if dh_direct, DC_OUT.
+    """
+
+    gates: int  # 1..4
+    split: bool  # the last gate comes in two parts, of x and of h, as a GRU's n
+    has_c: bool
+    recurrent: bool  # takes w_hh
+    dh_direct: bool  # h reaches h' also past the gates
+    params: int  # per unit, at most MAX_PARAMS of cells.h
+    forward: int  # addresses
+    backward: int
 
 
 @dataclass(slots=True)
@@ -23,7 +40,8 @@ class Scan:
 
     sizes: tuple[int, int, int, int, int]  # T, B, I, H, P
     x: Any  # (T, B, I), any (t, b)
-    weights: tuple  # w_ih (G H, I), w_hh (G H, R), b_ih, b_hh (G H) or None, w_hr (P, H) or None
+    # w_ih (G H, I), w_hh (G H, R), b_ih, b_hh (G H), w_hr (P, H), params (N, H); None where absent
+    weights: tuple
     reverse: bool
     h0: Any  # (B, R) or None: zeros
     c0: Any  # (B, H) or None: zeros
@@ -43,6 +61,7 @@ class Scan:
     dh0: Any = None  # (B, R)
     dc0: Any = None  # (B, H)
     dweights: tuple | None = None  # as weights, or None: not wanted
+    limit: float | None = None  # of what flows from one step to the one before, each element
 
 
 CAUSAL = {False: 0, True: 1, "top_left": 1, "bottom_right": 2}

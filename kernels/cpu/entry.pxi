@@ -2,20 +2,33 @@
 
 cdef Weights weights_of(object arrays) except *:
     cdef Weights w
-    w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr = NULL, NULL, NULL, NULL, NULL
+    memset(&w, 0, sizeof(Weights))
     if arrays is not None:
-        w_ih, w_hh, b_ih, b_hh, w_hr = arrays
+        w_ih, w_hh, b_ih, b_hh, w_hr, params = arrays
         w.w_ih, w.w_hh = view(w_ih).data, view(w_hh).data
         w.b_ih, w.b_hh, w.w_hr = view(b_ih).data, view(b_hh).data, view(w_hr).data
+        w.params = view(params).data
     return w
 
 
-cdef Job job_of(int cell, object scan) except *:
+cdef Cell cell_from(object which) except *:
+    """The cell of a number of cells.h, or of a `contract.CompiledCell`."""
+    cdef Cell c
+    if isinstance(which, int):
+        return cell_of(which)
+    c.gates, c.planes, c.has_c = which.gates, which.gates + which.split, which.has_c
+    c.saves_gates, c.dh_direct, c.recurrent, c.params = True, True, which.recurrent, which.params
+    c.forward, c.backward = <CellFn><size_t>which.forward, <CellFn><size_t>which.backward
+    return c
+
+
+cdef Job job_of(object which, object scan) except *:
     cdef Job j
     cdef View v
+    cdef Cell cell = cell_from(which)
     T, B, I, hidden, P = scan.sizes
     j.T, j.B = T, B
-    j.shape = shape_of(cell, I, hidden, P)
+    j.shape = shape_of(&cell, I, hidden, P)
     j.reverse = scan.reverse
     j.lengths, j.order = <int64_t *>view(scan.lengths).data, <int64_t *>view(scan.order).data
     j.resets = <uint8_t *>view(scan.resets).data
@@ -43,6 +56,7 @@ cdef int add_gradients(Job *j, object scan) except -1:
     v = view(scan.dc)
     j.dc, j.dc_t, j.dc_b = v.data, v.stride[0], v.stride[1]
     j.dx, j.dh0, j.dc0 = view(scan.dx).data, view(scan.dh0).data, view(scan.dc0).data
+    j.limit = INFINITY if scan.limit is None else scan.limit
     return 0
 
 
@@ -88,6 +102,7 @@ cdef void run_forward(Part part, bint *failed) noexcept nogil:
     memset(&f, 0, sizeof(Forward))
     f.part = part
     f.at = packed_forward(s)
+    f.part.params = part.job.packed + f.at.params
     own_panels(&part, s.H, s.units * VL, &f.p0, &f.p1)
     own_panels(&part, s.P, 4 * VL, &f.q0, &f.q1)
     forward_layout(&f, &arena)
@@ -111,6 +126,7 @@ cdef void run_backward(Part part, char *workspace, bint *failed) noexcept nogil:
     g.part = part
     g.whole = part_of(part.job, NULL, 0, 1, 0)
     backward_shared(&g, &workspace)
+    g.part.params = g.w + g.at.params
     own_panels(&part, s.R, 4 * VL, &g.r0, &g.r1)
     own_panels(&part, s.H, 4 * VL, &g.u0, &g.u1)
     backward_layout(&g, &arena)
@@ -136,7 +152,7 @@ cdef void backward_shared(Backward *g, char **arena) noexcept nogil:
     g.chunk = min(job.T, 1 + (PRODUCT_ROWS - 1) // max(job.B, 1))
     g.ring = g.chunk + 1
     g.w = <real *>take(arena, g.at.total * sizeof(real))
-    g.dgates = <real *>take(arena, g.ring * job.B * s.cell.planes * s.H * sizeof(real))
+    g.dgates = <real *>take(arena, g.ring * job.B * s.dgates_row * sizeof(real))
     g.dh = <real *>take(arena, g.ring * job.B * s.P * sizeof(real))
 
 
@@ -195,7 +211,7 @@ cdef int run(Call *call, int threads) except -1:
     return 0
 
 
-cdef int run_scans(int cell, list scans, int threads, Py_ssize_t l2_bytes, bint backward) except -1:
+cdef int run_scans(object cell, list scans, int threads, Py_ssize_t l2_bytes, bint backward) except -1:
     cdef Call call
     cdef int i
     call.n_jobs, call.backward, call.l2_bytes = len(scans), backward, l2_bytes
@@ -207,25 +223,28 @@ cdef int run_scans(int cell, list scans, int threads, Py_ssize_t l2_bytes, bint 
     return run(&call, threads)
 
 
-def forward(int cell, list scans, int threads, Py_ssize_t l2_bytes):
-    """Run one or two independent scans forward. `threads` is the most to use, `l2_bytes` a core's L2."""
+def forward(cell, list scans, int threads, Py_ssize_t l2_bytes):
+    """Run one or two independent scans forward. `threads` is the most to use, `l2_bytes` a core's L2; the cell is a
+    number of cells.h or a CompiledCell, here and below."""
     run_scans(cell, scans, threads, l2_bytes, False)
 
 
-def backward(int cell, list scans, int threads, Py_ssize_t l2_bytes):
+def backward(cell, list scans, int threads, Py_ssize_t l2_bytes):
     """Backpropagation through time of the same scans: dx, dh0, dc0 and the weights' gradients."""
     run_scans(cell, scans, threads, l2_bytes, True)
 
 
-def packed_size(int cell, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P):
+def packed_size(cell, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P):
     """Reals of one direction's packed weights."""
-    cdef Shape s = shape_of(cell, I, H, P)
+    cdef Cell c = cell_from(cell)
+    cdef Shape s = shape_of(&c, I, H, P)
     return packed_forward(&s).total
 
 
-def gate_row(int cell, Py_ssize_t H):
+def gate_row(cell, Py_ssize_t H):
     """Reals kept per (t, b) of one direction for backward; 0 where the cell needs only y."""
-    cdef Shape s = shape_of(cell, 1, H, 0)
+    cdef Cell c = cell_from(cell)
+    cdef Shape s = shape_of(&c, 1, H, 0)
     return s.gate_row if s.cell.saves_gates else 0
 
 
@@ -240,10 +259,11 @@ cdef void pack_member(void *call) noexcept nogil:
     pack_forward(&p.shape, &p.weights, p.out, gomp.rank(), gomp.size())
 
 
-def pack(int cell, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P, tuple weights, out, int threads):
-    """Pack one direction's weights (w_ih, w_hh, b_ih, b_hh, w_hr) for `forward` into `out`."""
+def pack(cell, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P, tuple weights, out, int threads):
+    """Pack one direction's weights (w_ih, w_hh, b_ih, b_hh, w_hr, params) for `forward` into `out`."""
     cdef PackCall p
-    p.shape = shape_of(cell, I, H, P)
+    cdef Cell c = cell_from(cell)
+    p.shape = shape_of(&c, I, H, P)
     p.weights = weights_of(weights)
     p.out = view(out).data
     with nogil:
@@ -255,6 +275,20 @@ def pack(int cell, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P, tuple weights, out,
 
 cdef enum:
     SMALL_PACK = 65536              # reals; below, one thread is done before a second one wakes
+
+
+def tile_layout():
+    """How compiled code finds its way in a Tile of cells.h: words of 8 bytes, slots and functions by name."""
+    names = "GATES H_PREV C_PREV H C DH_PRODUCT DY DC_EXTERNAL DH_IN DC_IN DGATES DH_OUT DC_OUT"
+    words = "rows blocks dgates_plane params_plane params functions"
+    return {
+        "lanes": VL,
+        "max_rows": MAX_ROWS,
+        "max_params": MAX_PARAMS,
+        "words": {name: k for k, name in enumerate(words.split())},
+        "slots": {name: 6 + k * MAX_ROWS for k, name in enumerate(names.split())},
+        "functions": {name: k for k, name in enumerate(("exp", "tanh", "sigmoid"))},
+    }
 
 
 def to_cache_line(array):

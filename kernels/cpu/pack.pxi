@@ -3,6 +3,9 @@
 #
 #   forward   w_ih panels (K = I) | w_hh panels (K = R) | bias [unit vector][plane][lane] | w_hr panels (K = H)
 #   backward  w_hh' panels (K = G H, columns R) | w_ih' panels (K = G H, columns I) | w_hr' panels (K = P, columns H)
+#   both then | params [parameter][H in whole vectors]
+#
+# A cell that is not recurrent has no w_hh.
 
 cdef struct Shape:
     Py_ssize_t I, H, P, R       # P = 0: no projection, and R = H
@@ -10,29 +13,44 @@ cdef struct Shape:
     int nv, units               # vectors a forward panel is wide, and how many of them are different units
     Py_ssize_t panels           # forward panels
     Py_ssize_t gate_row         # reals of one row of GATES: panels * units * planes * VL
+    Py_ssize_t dgates_row       # reals of one row of DGATES: planes and parameters, H each
+    Py_ssize_t params_plane     # H in whole vectors
 
 
 cdef struct Packed:             # offsets of the parts, and the whole, in reals
-    Py_ssize_t w_ih, w_hh, bias, w_hr, total
+    Py_ssize_t w_ih, w_hh, bias, w_hr, params, total
 
 
-cdef struct Weights:            # row-major, contiguous; b_* and w_hr may be NULL
+cdef struct Weights:            # row-major, contiguous; all but w_ih may be NULL
     const real *w_ih            # (G H, I)
     const real *w_hh            # (G H, R)
     const real *b_ih            # (G H)
     const real *b_hh
     const real *w_hr            # (P, H)
+    const real *params          # (parameters, H)
 
 
-cdef Shape shape_of(int which, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P) noexcept nogil:
+cdef Shape shape_of(const Cell *cell, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P) noexcept nogil:
     cdef Shape s
     s.I, s.H, s.P, s.R = I, H, P, P if P > 0 else H
-    s.cell = cell_of(which)
+    s.cell = cell[0]
     s.units = 4 // s.cell.gates
     s.nv = s.units * s.cell.gates
     s.panels = ceil_div(H, s.units * VL)
     s.gate_row = s.panels * s.units * s.cell.planes * VL
+    s.dgates_row = (s.cell.planes + s.cell.params) * H
+    s.params_plane = ceil_div(H, VL) * VL
     return s
+
+
+cdef inline Py_ssize_t state_columns(const Shape *s) noexcept nogil:
+    """Columns of w_hh."""
+    return s.R if s.cell.recurrent else 0
+
+
+cdef inline Py_ssize_t state_rows(const Shape *s) noexcept nogil:
+    """Rows of w_hh."""
+    return s.cell.gates * s.H if s.cell.recurrent else 0
 
 
 cdef Packed packed_forward(const Shape *s) noexcept nogil:
@@ -40,9 +58,10 @@ cdef Packed packed_forward(const Shape *s) noexcept nogil:
     cdef Py_ssize_t width = s.panels * s.nv * VL
     p.w_ih = 0
     p.w_hh = width * s.I
-    p.bias = p.w_hh + width * s.R
+    p.bias = p.w_hh + width * state_columns(s)
     p.w_hr = p.bias + s.gate_row
-    p.total = p.w_hr + ceil_div(s.P, 4 * VL) * 4 * VL * s.H
+    p.params = p.w_hr + ceil_div(s.P, 4 * VL) * 4 * VL * s.H
+    p.total = p.params + s.cell.params * s.params_plane
     return p
 
 
@@ -50,9 +69,10 @@ cdef Packed packed_backward(const Shape *s) noexcept nogil:
     cdef Packed p
     cdef Py_ssize_t width = 4 * VL, K = s.cell.gates * s.H
     p.w_hh = 0
-    p.w_ih = ceil_div(s.R, width) * width * K
+    p.w_ih = ceil_div(s.R, width) * width * state_rows(s)
     p.w_hr = p.w_ih + ceil_div(s.I, width) * width * K
-    p.total = p.w_hr + (ceil_div(s.H, width) * width * s.P)
+    p.params = p.w_hr + ceil_div(s.H, width) * width * s.P
+    p.total = p.params + s.cell.params * s.params_plane
     p.bias = p.total
     return p
 
@@ -91,7 +111,13 @@ cdef void pack_bias(const Shape *s, const Weights *w, real *dst) noexcept nogil:
             if plane < s.cell.gates:
                 at[0] = w.b_ih[plane_gate(s, plane, True) * s.H + unit]
             if plane >= first:
-                at[0] += w.b_hh[plane_gate(s, plane - first, False) * s.H + unit]
+                at[0] += 0 if w.b_hh == NULL else w.b_hh[plane_gate(s, plane - first, False) * s.H + unit]
+
+
+cdef void pack_params(const Shape *s, const Weights *w, real *dst) noexcept nogil:
+    cdef Py_ssize_t k
+    for k in range(s.cell.params):
+        copy_padded(dst + k * s.params_plane, w.params + k * s.H, s.H, s.params_plane)
 
 
 cdef void pack_rows(const real **row, Py_ssize_t K, Py_ssize_t columns, Py_ssize_t p0, Py_ssize_t p1,
@@ -120,9 +146,10 @@ cdef void pack_forward(const Shape *s, const Weights *w, real *dst, int rank, in
     cdef Packed p = packed_forward(s)
     cdef Py_ssize_t p0 = share(s.panels, rank, size), p1 = share(s.panels, rank + 1, size)
     pack_gates(s, w.w_ih, s.I, True, p0, p1, dst + p.w_ih)
-    pack_gates(s, w.w_hh, s.R, False, p0, p1, dst + p.w_hh)
+    pack_gates(s, w.w_hh, state_columns(s), False, p0, p1, dst + p.w_hh)
     if rank == 0:
         pack_bias(s, w, dst + p.bias)
+        pack_params(s, w, dst + p.params)
         if s.P > 0:
             pack_projection(s, w.w_hr, dst + p.w_hr)
 
@@ -132,14 +159,16 @@ cdef void pack_backward(const Shape *s, const Weights *w, real *dst, const real 
     """`row` is scratch for max(G H, P) pointers."""
     cdef Packed p = packed_backward(s)
     cdef Py_ssize_t k, K = s.cell.gates * s.H, n
-    for k in range(K):      # the state's planes stand as the input's in forward: dhn | dr | dz
+    for k in range(state_rows(s)):      # the state's planes stand as the input's in forward: dhn | dr | dz
         row[k] = w.w_hh + (plane_gate(s, <int>(k // s.H), True) * s.H + k % s.H) * s.R
     n = ceil_div(s.R, 4 * VL)
-    pack_rows(row, K, s.R, share(n, rank, size), share(n, rank + 1, size), dst + p.w_hh)
+    pack_rows(row, state_rows(s), s.R, share(n, rank, size), share(n, rank + 1, size), dst + p.w_hh)
     for k in range(K):      # the input's planes dr | dz | dxn are torch's order
         row[k] = w.w_ih + k * s.I
     n = ceil_div(s.I, 4 * VL)
     pack_rows(row, K, s.I, share(n, rank, size), share(n, rank + 1, size), dst + p.w_ih)
+    if rank == 0:
+        pack_params(s, w, dst + p.params)
     if s.P > 0:
         for k in range(s.P):
             row[k] = w.w_hr + k * s.H

@@ -1,6 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 # cython: freethreading_compatible=True
-"""The recurrent kernels: RNN, GRU and LSTM scans, forward and backward through time.
+"""The recurrent kernels: RNN, GRU, LSTM and users' scans, forward and backward through time.
 
 Built once per ISA level and dtype from this one source (see setup.py). `contract.Scan` lists the arguments.
 """
@@ -13,12 +13,19 @@ cdef extern from "cells.h" nogil:
         SLOTS
     enum:
         GATES, H_PREV, C_PREV, H, C, DH_PRODUCT, DY, DC_EXTERNAL, DH_IN, DC_IN, DGATES, DH_OUT, DC_OUT
+    enum:
+        MAX_PARAMS
+    ctypedef struct Functions:
+        pass
+    const Functions functions
     ctypedef struct Tile:
-        Py_ssize_t rows, blocks, dgates_plane
+        Py_ssize_t rows, blocks, dgates_plane, params_plane
+        const real *params
+        const Functions *functions
         real *row[13][8]
     ctypedef void (*CellFn)(const Tile *) noexcept nogil
     ctypedef struct Cell:
-        int gates, planes, has_c, saves_gates, dh_direct
+        int gates, planes, has_c, saves_gates, dh_direct, recurrent, params
         CellFn forward, backward
     Cell cell_of(int which)
 

@@ -39,6 +39,7 @@ cdef struct Job:
     real *dh0                   # (B, R)
     real *dc0                   # (B, H)
     Weights d                   # the weights' gradients
+    real limit                  # of what flows from one step to the one before; infinite: none
 
 
 cdef struct Part:               # one thread's part of one job
@@ -49,8 +50,9 @@ cdef struct Part:               # one thread's part of one job
     Py_ssize_t first, step, n   # its rows: order[first + i * step], i < n
     Py_ssize_t steps            # longest of its rows
     Py_ssize_t own, own_step    # of those rows, the ones it finishes: own, own + own_step, ...
+    const real *params          # packed
     real *zero                  # a row of zeros
-    real *tail                  # [SLOTS][MAX_ROWS][TAIL_ROW]
+    real *tail                  # a tile of every slot
 
 
 cdef inline Py_ssize_t row_of(const Part *p, Py_ssize_t i) noexcept nogil:
@@ -133,8 +135,16 @@ cdef struct Rows:
 
 
 cdef enum:
-    TAIL_ROW = 16 * VL          # at most 4 planes of 4 vectors
-    TAIL_BYTES = SLOTS * MAX_ROWS * TAIL_ROW * sizeof(real)
+    TAIL_ROW = 4 * VL
+    TAIL_PLANES = 5 + MAX_PARAMS        # of DGATES
+    TAIL_BYTES = (SLOTS + TAIL_PLANES) * MAX_ROWS * TAIL_ROW * sizeof(real)
+
+
+cdef inline real *tail_row(const Part *p, int slot, Py_ssize_t r) noexcept nogil:
+    """Row r of a slot in `tail`: [SLOTS][MAX_ROWS][TAIL_ROW], and behind them [MAX_ROWS][TAIL_PLANES][TAIL_ROW]."""
+    if slot == DGATES:
+        return p.tail + (SLOTS * MAX_ROWS + r * TAIL_PLANES) * TAIL_ROW
+    return p.tail + (slot * MAX_ROWS + r) * TAIL_ROW
 
 
 cdef inline bint is_input(int slot, bint forward) noexcept nogil:
@@ -143,6 +153,13 @@ cdef inline bint is_input(int slot, bint forward) noexcept nogil:
 
 cdef inline bint is_output(int slot, bint forward) noexcept nogil:
     return slot == H or slot == C if forward else slot >= DGATES
+
+
+cdef inline void limit_row(real *x, Py_ssize_t n, real limit) noexcept nogil:
+    """x into [-limit, limit]; NaN stays."""
+    cdef Py_ssize_t k
+    for k in range(n):
+        x[k] = limit if x[k] > limit else -limit if x[k] < -limit else x[k]
 
 
 cdef void call_cell(const Part *p, const Rows *rows, Py_ssize_t first, Py_ssize_t n, Py_ssize_t unit,
@@ -157,7 +174,8 @@ cdef void call_cell(const Part *p, const Rows *rows, Py_ssize_t first, Py_ssize_
     cdef real *at
     t.rows = n
     t.blocks = ceil_div(valid, VL)
-    t.dgates_plane = TAIL_ROW // 4 if redirect else shape.H
+    t.dgates_plane = TAIL_ROW if redirect else shape.H
+    t.params, t.params_plane, t.functions = p.params + unit, shape.params_plane, &functions
     for slot in range(SLOTS):
         if slot == DH_PRODUCT:
             for r in range(n):
@@ -167,7 +185,7 @@ cdef void call_cell(const Part *p, const Rows *rows, Py_ssize_t first, Py_ssize_
             for r in range(n):
                 at = rows.row[slot][first + r] + offset
                 if redirect and slot != GATES:
-                    t.row[slot][r] = p.tail + (slot * MAX_ROWS + r) * TAIL_ROW
+                    t.row[slot][r] = tail_row(p, slot, r)
                     if is_input(slot, forward):
                         copy_padded(t.row[slot][r], at, valid, width)
                 else:
@@ -176,10 +194,13 @@ cdef void call_cell(const Part *p, const Rows *rows, Py_ssize_t first, Py_ssize_
         shape.cell.forward(&t)
     else:
         shape.cell.backward(&t)
+        if shape.cell.has_c and p.job.limit < INFINITY:
+            for r in range(n):
+                limit_row(t.row[DC_OUT][r], valid, p.job.limit)
     if redirect:
         for slot in range(SLOTS):
             if rows.row[slot] != NULL and is_output(slot, forward):
-                planes = shape.cell.planes if slot == DGATES else 1
+                planes = shape.cell.planes + shape.cell.params if slot == DGATES else 1
                 for r in range(n):
                     at = rows.row[slot][first + r] + unit
                     for plane in range(planes):

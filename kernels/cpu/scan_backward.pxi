@@ -16,7 +16,7 @@ cdef struct Backward:
     Packed at
     const real *w               # packed_backward, shared by the job's threads
     Py_ssize_t chunk, ring      # steps of a chunk; step s is kept at s % ring, ring = chunk + 1
-    real *dgates                # (ring, B, planes * H), shared
+    real *dgates                # (ring, B, dgates_row), shared
     real *dh                    # (ring, B, P) with a projection, shared
     Py_ssize_t active           # rows the scan has reached
     Py_ssize_t r0, r1           # its panels of the R columns of h
@@ -59,7 +59,7 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
 
 cdef inline real *dgates_at(const Backward *g, Py_ssize_t s, Py_ssize_t b) noexcept nogil:
     cdef Job *job = g.part.job
-    return g.dgates + ((s % g.ring) * job.B + b) * job.shape.cell.planes * job.shape.H
+    return g.dgates + ((s % g.ring) * job.B + b) * job.shape.dgates_row
 
 
 cdef inline real *dh_at(const Backward *g, Py_ssize_t s, Py_ssize_t b) noexcept nogil:
@@ -165,26 +165,43 @@ cdef void collect(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) n
             dh[k] = acc[k] + dy[k] + dh_in[k]
 
 
+cdef void limit_flow(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) noexcept nogil:
+    """acc = product + dh_in, limited, where they come from the step after; of dh_in nothing is left."""
+    cdef Py_ssize_t valid = imin(4 * VL, g.part.job.shape.R - col), r, k
+    cdef real *dh_in
+    for r in range(first, first + n):
+        if g.from_gates[r] != g.part.zero:
+            dh_in = g.rows.row[DH_IN][r] + col
+            if g.rows.row[DH_IN][r] != g.part.zero:
+                for k in range(valid):
+                    g.acc_row[r][k] += dh_in[k]
+                    dh_in[k] = 0
+            limit_row(g.acc_row[r], valid, g.part.job.limit)
+
+
 cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
                            Py_ssize_t active, bint to_cell) noexcept nogil:
     """a W panel by panel; each goes to the cell, or is kept as dh. In blocks of k, so that a panel's block stays in
     L2 for all rows. Where nothing flows back, at a row's end and before a reset, the row is zero even if a weight is
     not finite."""
     cdef Py_ssize_t width = 4 * VL, most = tile_rows(4), panel, i, k0, n, left
+    cdef bint limited = g.part.job.limit < INFINITY and a == g.from_gates
     for i in range(active):
         g.acc_row[i] = g.acc + i * width
     if active == 1:
-        backward_row(g, a[0], K, w, p0, p1, to_cell)
+        backward_row(g, a[0], K, w, p0, p1, to_cell, limited)
         return
     for panel in range(p0, p1):
         k0 = 0
-        while k0 < K:
+        while k0 == 0 or k0 < K:
             backward_tiles(g, a, k0, imin(k0 + K_BLOCK, K), w + (panel * K + k0) * width, active)
             k0 += K_BLOCK
         i = 0
         left = ceil_div(active, most)
         while left > 0:
             n = ceil_div(active - i, left)
+            if limited:
+                limit_flow(g, i, n, panel * width)
             if to_cell:
                 call_cell(&g.part, &g.rows, i, n, panel * width, width, g.acc_row[i], False)
             else:
@@ -194,7 +211,7 @@ cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real
 
 
 cdef void backward_row(Backward *g, const real *a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
-                       bint to_cell) noexcept nogil:
+                       bint to_cell, bint limited) noexcept nogil:
     """The same for a single row, a few panels at a time."""
     cdef Py_ssize_t width = 4 * VL, panel = p0, n, p
     while panel < p1:
@@ -203,10 +220,12 @@ cdef void backward_row(Backward *g, const real *a, Py_ssize_t K, const real *w, 
         if a != g.part.zero:
             row_tile(n, 4, a, 0, K, w + panel * K * width, K * width, g.acc, width)
         for p in range(n):
+            g.acc_row[0] = g.acc + p * width
+            if limited:
+                limit_flow(g, 0, 1, (panel + p) * width)
             if to_cell:
-                call_cell(&g.part, &g.rows, 0, 1, (panel + p) * width, width, g.acc + p * width, False)
+                call_cell(&g.part, &g.rows, 0, 1, (panel + p) * width, width, g.acc_row[0], False)
             else:
-                g.acc_row[0] = g.acc + p * width
                 collect(g, 0, 1, (panel + p) * width)
         panel += n
 
@@ -232,7 +251,7 @@ cdef void backward_tiles(Backward *g, const real **a, Py_ssize_t k0, Py_ssize_t 
 cdef void backward_steps(Backward *g, Py_ssize_t s0, Py_ssize_t s1) noexcept nogil:
     """The scan of steps s1 - 1 down to s0; step -1 is the initial state's."""
     cdef const Shape *shape = &g.part.job.shape
-    cdef Py_ssize_t s, i, K = shape.cell.gates * shape.H
+    cdef Py_ssize_t s, i, K = state_rows(shape)
     cdef bint to_cell
     for s in range(s1 - 1, s0 - 1, -1):
         while g.active < g.part.n and length_of(g.part.job, row_of(&g.part, g.active)) > s:
@@ -319,6 +338,19 @@ cdef void weight_gradient(Backward *g, real *dw, Py_ssize_t rows, Py_ssize_t col
     outer(&o, g.outer_scratch)
 
 
+cdef void params_gradient(Backward *g) noexcept nogil:
+    """The sums over the gathered rows of what stands behind the planes, for this thread's share of them."""
+    cdef const Shape *shape = &g.part.job.shape
+    cdef Py_ssize_t planes = shape.cell.planes * shape.H, n = shape.cell.params * shape.H
+    cdef Py_ssize_t m = share(n, g.part.rank, g.part.size), end = share(n, g.part.rank + 1, g.part.size)
+    cdef real *sums = <real *>g.part.job.d.params
+    if g.first and n > 0:
+        memset(sums + m, 0, (end - m) * sizeof(real))
+    while m < end:
+        sum_rows(g.dgates_row, g.M, planes + m, imin(OUTER_ROWS, end - m), sums + m)
+        m += OUTER_ROWS
+
+
 cdef void input_gradient(Backward *g) noexcept nogil:
     """dx = dGATES W_ih for this thread's share of the gathered rows."""
     cdef const Shape *shape = &g.part.job.shape
@@ -344,7 +376,9 @@ cdef void backward_products(Backward *g, Py_ssize_t s0, Py_ssize_t s1) noexcept 
     if job.d.b_ih != NULL and shape.cell.planes > shape.cell.gates:
         sums = g.sums
     gather(g, s0, s1, STATE)
-    weight_gradient(g, <real *>job.d.w_hh, rows, shape.R, True, sums)
+    params_gradient(g)
+    if shape.cell.recurrent:
+        weight_gradient(g, <real *>job.d.w_hh, rows, shape.R, True, sums)
     if shape.P > 0:
         gather(g, s0, s1, PROJECTED)
         weight_gradient(g, <real *>job.d.w_hr, shape.P, shape.H, False, NULL)

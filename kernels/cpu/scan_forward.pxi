@@ -108,11 +108,11 @@ cdef void forward_row(Forward *f, real *gates) noexcept nogil:
     """A step with one active row."""
     cdef Job *job = f.part.job
     cdef const Shape *s = &job.shape
-    cdef Py_ssize_t reals = s.R * s.nv * VL, stride = s.units * s.cell.planes * VL, panel = f.p0, n, p
+    cdef Py_ssize_t K = state_columns(s), reals = K * s.nv * VL, stride = s.units * s.cell.planes * VL, panel = f.p0, n, p
     cdef Py_ssize_t first_plane = (s.cell.planes - s.cell.gates) * VL
     while panel < f.p1:
         n = imin(ROW_PANELS, f.p1 - panel)
-        row_tile(n, s.nv, f.rows.row[H_PREV][0], 0, s.R, job.packed + f.at.w_hh + panel * reals, reals,
+        row_tile(n, s.nv, f.rows.row[H_PREV][0], 0, K, job.packed + f.at.w_hh + panel * reals, reals,
                  gates + panel * stride + first_plane, stride)
         for p in range(panel, panel + n):
             call_cell(&f.part, &f.rows, 0, 1, p * s.units * VL, s.units * VL, NULL, True)
@@ -122,7 +122,7 @@ cdef void forward_row(Forward *f, real *gates) noexcept nogil:
 cdef void forward_step(Forward *f, real **gates, Py_ssize_t active) noexcept nogil:
     cdef Job *job = f.part.job
     cdef const Shape *s = &job.shape
-    cdef Py_ssize_t width = s.nv * VL, most = tile_rows(s.nv), panel, i, n, left, col
+    cdef Py_ssize_t K = state_columns(s), width = s.nv * VL, most = tile_rows(s.nv), panel, i, n, left, col
     cdef Py_ssize_t first_plane = (s.cell.planes - s.cell.gates) * VL
     cdef const real **h_prev = <const real **>f.rows.row[H_PREV]
     f.rows.row[GATES] = gates
@@ -135,7 +135,7 @@ cdef void forward_step(Forward *f, real **gates, Py_ssize_t active) noexcept nog
         left = ceil_div(active, most)
         while left > 0:
             n = ceil_div(active - i, left)
-            tile(n, s.nv, h_prev + i, 0, s.R, job.packed + f.at.w_hh + panel * s.R * width, NULL, gates + i, col)
+            tile(n, s.nv, h_prev + i, 0, K, job.packed + f.at.w_hh + panel * K * width, NULL, gates + i, col)
             call_cell(&f.part, &f.rows, i, n, panel * s.units * VL, s.units * VL, NULL, True)
             i += n
             left -= 1

@@ -129,6 +129,13 @@ INLINE vec sigmoid(vec x) {
     return choose(x < -EXP_MAX, (vec){0}, reciprocal(1 + (p * scale + scale)));
 }
 
+/* e^x = (e^(x/2))^2, so that overflow to infinity and underflow to 0 come by themselves. Max error 4 ULP. */
+INLINE vec exp_(vec x) {
+    vec scale, p = expm1_reduced(clamp(x * (real)0.5, EXP_MAX), &scale);
+    vec root = p * scale + scale;
+    return root * root;
+}
+
 /* tanh x = e / (e + 2), e = expm1(2x), so small x keep their relative accuracy. Max error 4 ULP. */
 INLINE vec tanh_(vec x) {
     vec scale, p = expm1_reduced(clamp(x + x, 40), &scale);

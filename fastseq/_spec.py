@@ -1,0 +1,89 @@
+"""What a recurrent call does not change: the cell, its weights, layers, directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+from fastseq.kernels.cpu.contract import CELLS, CompiledCell
+
+WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params")
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A cell as the API sees it."""
+
+    op: str  # its public name
+    gates: int
+    has_c: bool = False
+    recurrent: bool = True  # has w_hh and b_hh
+    params: int = 0  # parameters per unit
+
+    def cell(self, kernels: ModuleType) -> int | CompiledCell:
+        """What the kernels of one dtype know it by; a user's cell is compiled for them."""
+        raise NotImplementedError
+
+
+class _BuiltIn(Kind):
+    def cell(self, kernels: ModuleType) -> int | CompiledCell:
+        return CELLS[name_of(self)]
+
+
+KINDS: dict[str, Kind] = {
+    "rnn_tanh": _BuiltIn("rnn", 1),
+    "rnn_relu": _BuiltIn("rnn", 1),
+    "gru": _BuiltIn("gru", 3),
+    "lstm": _BuiltIn("lstm", 4, has_c=True),
+}
+
+
+def name_of(kind: Kind) -> str:
+    """Its key among KINDS."""
+    return next(name for name, known in KINDS.items() if known is kind)
+
+
+class Spec(NamedTuple):
+    """What does not change from call to call."""
+
+    cell: str  # one of KINDS
+    num_layers: int = 1
+    bidirectional: bool = False
+    reverse: bool = False  # one direction only: time runs backwards
+    bias: bool = True
+    proj: bool = False  # weights hold w_hr
+    step: bool = False  # called as a single step: errors say gru_cell and h, not gru and h0
+    limit: float | None = None  # of the gradient that flows from one step to the one before
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.cell]
+
+    @property
+    def op(self) -> str:
+        """The public name, for errors."""
+        return self.kind.op + "_cell" * self.step
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def scans(self) -> int:
+        return self.num_layers * self.directions
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arrays of one direction of one layer, as they stand in the flat list of weights."""
+        recurrent, params = self.kind.recurrent, self.kind.params > 0
+        given = (True, recurrent, self.bias, self.bias and recurrent, self.proj, params)
+        return tuple(name for name, there in zip(WEIGHTS, given, strict=True) if there)
+
+    def weights_of(self, weights: Sequence, index: int) -> tuple:
+        """The arrays of scan `index` in the order of WEIGHTS, None where absent."""
+        names = self.names
+        part = weights[index * len(names) : (index + 1) * len(names)]
+        given = dict(zip(names, part, strict=True))
+        return tuple([given.get(name) for name in WEIGHTS])
