@@ -51,14 +51,19 @@ class Options:
 @lru_cache(maxsize=1024)
 def _check_qkv(op: str, packed: bool, *signatures: _check.Signature) -> None:
     """The shapes and dtypes of q, k, v; remembered where they are right."""
+    dtype = None
+    for name, sign in zip("qkv", signatures, strict=True):
+        _check.floats(op, name, sign, dtype, like="q")
+        dtype = signatures[0][1]
+    check_shapes(op, packed, *(shape for shape, _ in signatures))
+
+
+def check_shapes(op: str, packed: bool, q: tuple, k: tuple, v: tuple) -> None:
+    """The shapes of q, k, v."""
     letters = ("TQ, NH, D", "TK, NK, D", "TK, NK, DV") if packed else (
         "B, NH, L, D", "B, NK, S, D", "B, NK, S, DV")  # fmt: skip
-    dtype = None
-    for name, sign, shape in zip("qkv", signatures, letters, strict=True):
-        _check.floats(op, name, sign, dtype, like="q")
-        _check.rank(op, name, sign[0], shape)
-        dtype = signatures[0][1]
-    (q, _), (k, _), (v, _) = signatures
+    for name, got, axes in zip("qkv", (q, k, v), letters, strict=True):
+        _check.rank(op, name, got, axes)
     heads = 1  # the axis before them is B, or none
     if packed:
         q, k, v, heads = (1, *q), (1, *k), (1, *v), 2

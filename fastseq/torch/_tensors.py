@@ -31,6 +31,11 @@ def array(tensor):
     return tensor.numpy(force=tensor.requires_grad)
 
 
+def on_gpu(tensor):
+    """Whether the GPU kernels take the tensor."""
+    return tensor.is_cuda
+
+
 def tensor_of(found):
     """A tensor over the array's memory, or None."""
     return None if found is None else torch.from_numpy(found)
@@ -126,10 +131,12 @@ class OnceDifferentiable(Function):
 _LIBRARY = torch.library.Library("fastseq", "DEF")  # the operators live as long as it does
 
 
-def register(name, schema, cpu, autograd, fake):
+def register(name, schema, cpu, autograd, fake, cuda=None):
     """Define torch.ops.fastseq.<name> and return it."""
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None:
+        _LIBRARY.impl(name, cuda, "CUDA")
     _LIBRARY.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"fastseq::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastseq, name).default

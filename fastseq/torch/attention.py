@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 from fastseq.torch._tensors import FLOATS
 from fastseq.torch.attention_ops import TENSORS, run
 
+_HALVES = (torch.bfloat16, torch.float16)
 _CAUSAL = {False: None, True: "top_left", "top_left": "top_left", "bottom_right": "bottom_right"}
 
 
@@ -41,7 +42,7 @@ def attention(
     offset = kv_lengths[b] - q_lengths[b] for causal="bottom_right", else 0.
 
     Args:
-        q: (B, NH, L, D) float32 or float64 on the CPU, any strides.
+        q: (B, NH, L, D) float32 or float64, on a GPU float32, bfloat16 or float16, any strides.
         k: (B, NK, S, D); query head h reads head h // (NH // NK).
         v: (B, NK, S, DV).
         mask: (B, NH, L, S) bool or what broadcasts to it: True = attend.
@@ -64,8 +65,9 @@ def attention(
         bias, from lse too.
 
     Raises:
-        TypeError: an argument is no tensor, q no float32 or float64 on the CPU, a dtype not q's.
-        ValueError: a shape, length or option out of range; the message states both sides.
+        TypeError: an argument is no tensor, q not of these dtypes, a dtype not q's.
+        ValueError: a shape, length or option out of range; the message states both sides. On a GPU
+            the values of lengths are not checked but clamped.
         RuntimeError: a second derivative is asked for, or a gradient of alibi_slopes.
 
     Accuracy: float32 error within 2x of torch's own (3x for gradients), float64 1e-12 relative.
@@ -104,7 +106,7 @@ def attention_varlen(
         o[a:e] = attention(q[a:e], k[c:f], v[c:f])   a, e = cu_seqlens_q[b : b + 2], c, f of k's
 
     Args:
-        q: (TQ, NH, D) float32 or float64 on the CPU, the rows of all sequences, any strides.
+        q: (TQ, NH, D) of the dtypes of `attention`, the rows of all sequences, any strides.
         k: (TK, NK, D).
         v: (TK, NK, DV).
         cu_seqlens_q: (B + 1,) integers from 0 to TQ that do not descend.
@@ -123,7 +125,8 @@ def attention_varlen(
 
     Raises:
         TypeError, RuntimeError: as `attention`.
-        ValueError: a shape or option out of range, offsets that descend or miss an end.
+        ValueError: a shape or option out of range, offsets that descend or miss an end (on a GPU
+            not checked: rows of no sequence have o 0).
 
     Accuracy: the bits of `attention` of each sequence.
     Cost: as `attention`, the sum over the sequences.
@@ -145,8 +148,8 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
         lse = log(exp(lse1) + exp(lse2))        o = exp(lse1 - lse) o1 + exp(lse2 - lse) o2
 
     Args:
-        o1: (..., DV) float32 or float64, of any leading shape.
-        lse1: (...), natural logarithm; -inf: no key, o1 is not read.
+        o1: (..., DV) float32 or float64, on a GPU bfloat16 or float16 too; of any leading shape.
+        lse1: (...), natural logarithm, float32 for the last two; -inf: no key, o1 is not read.
         o2: (..., DV).
         lse2: (...).
 
@@ -165,12 +168,13 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
     op = "merge_attention"
     for name, a in {"o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}.items():
         _require_tensor(op, name, a)
-    if o1.dtype not in FLOATS:
+    if o1.dtype not in FLOATS and not (o1.is_cuda and o1.dtype in _HALVES):
         raise TypeError(f"{op}: o1 must be float32 or float64, got {_named(o1.dtype)}")
     rows = o1.shape[:-1]
     for name, a, shape in (("lse1", lse1, rows), ("o2", o2, o1.shape), ("lse2", lse2, rows)):
-        if a.dtype != o1.dtype:
-            expected = f"{_named(o1.dtype)} as o1 is"
+        dtype = torch.float32 if o1.dtype in _HALVES and name != "o2" else o1.dtype
+        if a.dtype != dtype:
+            expected = f"{_named(dtype)} {'as o1 is' if dtype == o1.dtype else 'with such an o1'}"
             raise TypeError(f"{op}: {name} must be {expected}, got {_named(a.dtype)}")
         if a.shape != shape:
             letters = "(...)" if name != "o2" else "(..., DV)"
@@ -186,7 +190,7 @@ def merge_attention(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple
         for o, d, a in parts
     )
     o = (first + second).masked_fill(empty.unsqueeze(-1), 0)
-    return o, lse.masked_fill(empty, -torch.inf)
+    return o.to(o1.dtype), lse.masked_fill(empty, -torch.inf)
 
 
 def _named(dtype):

@@ -2,7 +2,8 @@
 
 The two differ in their tensors beside q, k, v (`TENSORS`); the numbers after them are the same
 (`NUMBERS`). `run` is what functions and modules call; as in `ops`, it goes past the dispatcher
-where nothing listens. Both ways end in `fastseq._attend`, the entry point of the NumPy functions.
+where nothing listens. Both ways end in `fastseq._attend`, the entry point of the NumPy functions,
+or for CUDA tensors in `attention_cuda`.
 """
 
 from functools import partial
@@ -13,6 +14,7 @@ from torch.autograd import Function
 
 from fastseq import _attend
 from fastseq._attend import Options
+from fastseq.torch import attention_cuda
 from fastseq.torch._tensors import (
     FLOATS,
     OnceDifferentiable,
@@ -20,6 +22,7 @@ from fastseq.torch._tensors import (
     differentiated,
     heard,
     like,
+    on_gpu,
     or_empty,
     recorded,
     register,
@@ -63,7 +66,7 @@ def run(op, q, k, v, tensors, numbers):
     Returns:
         o, lse.
     """
-    if q.dtype not in FLOATS or not (q.is_cpu or q.is_meta):
+    if not on_gpu(q) and (q.dtype not in FLOATS or not (q.is_cpu or q.is_meta)):
         raise unsupported(op, "q", q)
     inputs = (q, k, v, *tensors)
     if heard(inputs):
@@ -91,14 +94,23 @@ def _options(op, tensors, numbers):
     return given
 
 
+def _by_name(op, inputs):
+    return dict(zip(("q", "k", "v", *TENSORS[op]), inputs, strict=True))
+
+
 def _forward(op, inputs, numbers):
     """The kernels on tensors: o, lse."""
+    if on_gpu(inputs[0]):
+        return attention_cuda.forward(op, _by_name(op, inputs), numbers)
     q, k, v = map(array, inputs[:3])
     return tuple(map(tensor_of, _attend.forward(op, q, k, v, _options(op, inputs[3:], numbers))))
 
 
 def _backward(op, inputs, results, numbers, needs_bias):
     """The kernels on tensors: dq, dk, dv, dbias or None; results: o, lse, do, dlse."""
+    if on_gpu(inputs[0]):
+        named = _by_name(op, inputs)
+        return attention_cuda.backward(op, named, numbers, *results, needs_bias=needs_bias)
     q, k, v = map(array, inputs[:3])
     options = _options(op, inputs[3:], numbers)
     grads = _attend.backward(op, q, k, v, options, *map(array, results), needs_bias=needs_bias)
@@ -142,12 +154,12 @@ def _refuse_gradients(op, needs):
         raise RuntimeError(f"{op}: alibi_slopes have no gradient; detach them, or give a bias")
 
 
-def _cpu(op, *args):
+def _kernel(op, *args):
     n = 3 + len(TENSORS[op])
     return _forward(op, args[:n], args[n:])
 
 
-def _cpu_bwd(op, *args):
+def _kernel_bwd(op, *args):
     n = 3 + len(TENSORS[op])
     grads = _backward(op, args[:n], args[n : n + 4], args[n + 4 : -1], args[-1])
     return tuple(or_empty(g, args[0]) for g in grads)
@@ -156,7 +168,7 @@ def _cpu_bwd(op, *args):
 def _fake(op, q, k, v, *_):
     packed = op != "attention"
     rows = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    lse = q.new_empty(rows)
+    lse = q.new_empty(rows, dtype=torch.promote_types(q.dtype, torch.float32))
     return _like(q, v.shape[-1], packed), lse.t() if packed else lse
 
 
@@ -201,8 +213,8 @@ _OPERATORS = {}
 _BWD_OPERATORS = {}
 
 for _op in TENSORS:
-    _fwd = (partial(f, _op) for f in (_cpu, _autograd, _fake))
-    _bwd = (partial(f, _op) for f in (_cpu_bwd, _autograd_bwd, _fake_bwd))
+    _fwd = (partial(f, _op) for f in (_kernel, _autograd, _fake, _kernel))
+    _bwd = (partial(f, _op) for f in (_kernel_bwd, _autograd_bwd, _fake_bwd, _kernel_bwd))
     _bwd_schema = _schema(_op, _RESULTS, ", bool needs_bias", _GRADS)
     _OPERATORS[_op] = register(_op, _schema(_op), *_fwd)
     _BWD_OPERATORS[_op] = register(f"{_op}_bwd", _bwd_schema, *_bwd)

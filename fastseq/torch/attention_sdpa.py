@@ -26,7 +26,8 @@ def scaled_dot_product_attention(
         o = dropout(softmax(scale * query key^T + attn_mask)) value
 
     Args:
-        query: (..., NH, L, E) float32 or float64 on the CPU, any strides, at least (L, E).
+        query: (..., NH, L, E) float32 or float64, on a GPU float32, bfloat16 or float16, any
+            strides, at least (L, E).
         key: (..., NK, S, E), NK = NH or 1 without enable_gqa; leading axes broadcast.
         value: (..., NK, S, Ev).
         attn_mask: (..., NH, L, S) or what broadcasts to it. bool: True = attend. Of query's dtype
@@ -46,7 +47,8 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: shapes, dtypes or options that torch refuses, a second derivative.
         IndexError: enable_gqa without an axis of heads.
-        TypeError: an argument of another type; bfloat16 or float16, which torch takes.
+        TypeError: an argument of another type; bfloat16 or float16 on the CPU, float64 on a GPU,
+            which torch takes.
 
     Accuracy, Cost, Source: as `fastseq.torch.attention`.
     Equivalent to: torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask)
@@ -93,12 +95,15 @@ def _alike(query, key, value):
         and q[:2] == k[:2]
         and q[3] == k[3] != 0
         and query.dtype is key.dtype is value.dtype
-        and query.dtype in FLOATS
         and 0 not in query.stride()  # the output follows its strides, but not to 0
-        and query.is_cpu
-        and key.is_cpu
-        and value.is_cpu
+        and _taken(query)
+        and query.device == key.device == value.device
     )
+
+
+def _taken(query):
+    """Whether there are kernels for it, or an error of their own that names what they take."""
+    return query.dtype in FLOATS if query.is_cpu else query.is_cuda
 
 
 def _check(query, key, value, attn_mask, dropout_p, is_causal):

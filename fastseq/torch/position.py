@@ -8,12 +8,14 @@ from torch import _C, Tensor
 from torch.autograd import Function
 
 import fastseq
+from fastseq.torch import position_cuda
 from fastseq.torch._tensors import (
     FLOATS,
     array,
     differentiated,
     heard,
     like,
+    on_gpu,
     recorded,
     register,
     tensor_of,
@@ -96,7 +98,8 @@ def rotary(
         y1 = x1 cos(theta) - x2 sin(theta)        y2 = x2 cos(theta) + x1 sin(theta)
 
     Args:
-        x: (B, NH, L, D), (NH, L, D) or (L, D) float32 or float64 on the CPU, any strides.
+        x: (B, NH, L, D), (NH, L, D) or (L, D) float32 or float64, on a GPU float32, bfloat16 or
+            float16, any strides.
         dim: how many features turn, the first ones; even; None: D.
         base: of the angles.
         interleaved: x1, x2 are the even and odd features; False: the two halves.
@@ -107,8 +110,8 @@ def rotary(
         y of x's shape, axes in memory in x's order. Gradients, of any order, flow to x.
 
     Raises:
-        TypeError: x is no tensor of float32 or float64 on the CPU, offsets are no integers.
-        ValueError: a shape, dim or offset out of range.
+        TypeError: x is no tensor of these dtypes, offsets are no integers.
+        ValueError: a shape, dim or offset out of range (a tensor of offsets on a GPU is not read).
 
     Accuracy: angles in float64; float32 within 2x of torch's own error (3x for gradients).
     Cost: a read and a write of x; the cosines of all positions are kept from call to call.
@@ -117,14 +120,14 @@ def rotary(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"rotary: x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATS or not (x.is_cpu or x.is_meta):
+    if not on_gpu(x) and (x.dtype not in FLOATS or not (x.is_cpu or x.is_meta)):
         raise unsupported("rotary", "x", x)
     first, starts = (0, offsets) if isinstance(offsets, Tensor) else (offsets, None)
     if isinstance(first, bool) or not isinstance(first, (int, torch.SymInt)):
         raise TypeError(f"rotary: offsets must be integers, got {type(first).__name__}")
     numbers = (dim, float(base), interleaved, first, inverse)
     direct = not heard((x, starts)) and not differentiated((x,))
-    return (_cpu if direct else _OPERATOR)(x, starts, *numbers)
+    return (_kernel if direct else _OPERATOR)(x, starts, *numbers)
 
 
 class _Rotary(Function):
@@ -144,7 +147,9 @@ class _Rotary(Function):
         return _OPERATOR(dy, starts, *same, not inverse), *(None,) * (len(ctx.numbers) + 1)
 
 
-def _cpu(x, starts, dim, base, interleaved, first, inverse):
+def _kernel(x, starts, dim, base, interleaved, first, inverse):
+    if on_gpu(x):
+        return position_cuda.rotary(x, starts, dim, base, interleaved, first, inverse)
     offsets = first if starts is None else array(starts)
     options = {"dim": dim, "base": base, "interleaved": interleaved}
     return tensor_of(fastseq.rotary(array(x), **options, offsets=offsets, inverse=inverse))
@@ -165,7 +170,8 @@ _OPERATOR = register(
     "rotary",
     "(Tensor x, Tensor? starts, SymInt? dim, float base, bool interleaved, SymInt first,"
     " bool inverse) -> Tensor",
-    _cpu,
+    _kernel,
     _autograd,
     _fake,
+    _kernel,
 )
