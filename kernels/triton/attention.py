@@ -131,7 +131,7 @@ def _common(call: Attention) -> dict:
 
 
 def _chunks(*widths: int) -> int:
-    return max(cdiv(width, block(width)) for width in widths)
+    return max(1, *(cdiv(width, block(width)) for width in widths))
 
 
 def _table(call: Attention, plain, pairs):

@@ -74,11 +74,11 @@ def tile(rows, c, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     columns = c * BLOCK + tl.arange(0, BLOCK)
     at = rows.base + rows.at[:, None] + columns[None, :]
     if rows.valid is None:
-        if WIDTH % BLOCK == 0:
+        if WIDTH == BLOCK:
             x = tl.load(at)
         else:
             x = tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
-    elif WIDTH % BLOCK == 0:
+    elif WIDTH == BLOCK:
         x = tl.load(at, mask=rows.valid[:, None], other=0.0)
     else:
         x = tl.load(at, mask=rows.valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
