@@ -6,6 +6,7 @@ from torch import Tensor
 from fastseq.torch._tensors import FLOATS
 
 _APPEND = "KVCache.append"
+_GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class KVCache:
@@ -21,7 +22,8 @@ class KVCache:
         capacity: the most keys of a row.
         D: head dim of keys.
         DV: head dim of values; None: D.
-        dtype: torch.float32 or torch.float64.
+        dtype: torch.float32 or torch.float64; on a GPU torch.float32, torch.bfloat16, torch.float16.
+        device: of k, v, lengths and what is appended. On a GPU an append waits for the lengths.
 
     Attributes:
         k (B, NK, capacity, D), v (B, NK, capacity, DV).
@@ -36,12 +38,17 @@ class KVCache:
         D: int,
         DV: int | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ):
-        if dtype not in FLOATS:
+        if torch.device(device).type == "cuda":
+            if dtype not in _GPU_FLOATS:
+                expected = ", ".join(map(str, _GPU_FLOATS))
+                raise TypeError(f"KVCache: dtype must be one of {expected}, got {dtype}")
+        elif dtype not in FLOATS:
             raise TypeError(f"KVCache: dtype must be torch.float32 or torch.float64, got {dtype}")
-        self.k = torch.zeros(B, NK, capacity, D, dtype=dtype, device="cpu")
-        self.v = torch.zeros(B, NK, capacity, D if DV is None else DV, dtype=dtype, device="cpu")
-        self.lengths = torch.zeros(B, dtype=torch.int64, device="cpu")
+        self.k = torch.zeros(B, NK, capacity, D, dtype=dtype, device=device)
+        self.v = torch.zeros(B, NK, capacity, D if DV is None else DV, dtype=dtype, device=device)
+        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
@@ -77,7 +84,8 @@ class KVCache:
                 f"{_APPEND}: capacity = {capacity}, row {b} holds {self.lengths[b]} "
                 f"and was given {taken[b]}"
             )
-        row, i = (torch.arange(n) < taken.unsqueeze(1)).nonzero(as_tuple=True)
+        steps = torch.arange(n, device=taken.device)
+        row, i = (steps < taken.unsqueeze(1)).nonzero(as_tuple=True)
         at = self.lengths[row] + i
         for given, held in ((k, self.k), (v, self.v)):
             held[row, :, at] = given[row, :, i]
