@@ -22,7 +22,7 @@ class KVCache:
         capacity: the most keys of a row.
         D: head dim of keys.
         DV: head dim of values; None: D.
-        dtype: torch.float32 or torch.float64; on a GPU torch.float32, torch.bfloat16, torch.float16.
+        dtype: torch.float32 or torch.float64; on a GPU float32, bfloat16 or float16 of torch.
         device: of k, v, lengths and what is appended. On a GPU an append waits for the lengths.
 
     Attributes:
