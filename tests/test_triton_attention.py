@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not interpreted(), reason="no GPU, and triton does not interpret"
 )
 DTYPES = ["float32", "float16"] + ["bfloat16"] * (DEVICE == "cuda")
-TABLES = ("FORWARD", "FORWARD_PAIRS", "DECODE", "DQ", "DQ_PAIRS", "DKV", "DKV_PAIRS")
+TABLES = ("FORWARD", "FORWARD_PAIRS", "DECODE", "DQ", "DQ_PAIRS", "DKV")
 TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 SIZES = {"B": 2, "NH": 2, "NK": 1, "L": 19, "S": 22, "D": 5, "DV": 3}  # no multiples of 16
 LONG = {"L": 33, "S": 9}

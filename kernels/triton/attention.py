@@ -33,8 +33,9 @@ def _row(size, itemsize, arch, M, N, warps, stages):
     return Row(size, itemsize, arch, meta)
 
 
-# Of the larger of D and DV. The defaults of FlexAttention for these architectures
-# (torch/_inductor/template_heuristics/triton.py, torch 2.13), which are tuned for the same loops.
+# By the larger of D and DV; queries by keys. Chosen without a GPU: what FlexAttention ships for the
+# same loops (torch/_inductor/template_heuristics/triton.py, torch 2.13), reduced until ptxas spills
+# little (sm_90). _PAIRS: with a mask or a bias, whose tiles take registers.
 FORWARD = [
     _row(64, 2, 90, 128, 128, 8, 3),
     _row(128, 2, 90, 128, 64, 8, 3),
@@ -58,19 +59,21 @@ DECODE = [
 DQ = [
     _row(64, 2, 90, 128, 64, 8, 3),
     _row(128, 2, 90, 128, 64, 8, 2),
+    _row(INF, 2, 90, 64, 32, 8, 2),
     _row(INF, 2, 0, 64, 32, 4, 1),
     _row(128, 4, 0, 32, 32, 8, 1),
     _row(INF, 4, 0, 16, 32, 8, 1),
 ]
+DQ_PAIRS = [_row(128, 2, 90, 64, 64, 8, 2), *DQ]
 DKV = [
     _row(64, 2, 90, 64, 128, 8, 3),
-    _row(128, 2, 90, 64, 128, 8, 2),
+    _row(128, 2, 90, 32, 128, 8, 3),
+    _row(INF, 2, 90, 32, 64, 8, 1),
     _row(INF, 2, 0, 32, 64, 4, 1),
     _row(128, 4, 0, 32, 32, 8, 1),
-    _row(INF, 4, 0, 32, 16, 8, 1),
+    _row(INF, 4, 90, 32, 16, 8, 1),
+    _row(INF, 4, 0, 16, 16, 4, 1),
 ]
-DQ_PAIRS = DQ
-DKV_PAIRS = DKV
 FEW_ROWS = 64  # queries of a group of heads, up to which the keys are split
 SPAN = 256  # keys of a split, at least
 MAX_SPLITS = 128
@@ -207,7 +210,7 @@ def backward(call: Attention) -> None:
             *arrays, _strided(call.dq), options, B, NH, NH // NK, L, S, blocks, call.seed,
             **common, **meta,
         )  # fmt: skip
-        meta = choose(_table(call, DKV, DKV_PAIRS), size, call.q)
+        meta = choose(DKV, size, call.q)
         blocks, repeats = _blocks(call, S, meta["BLOCK_N"])
         attention_dkv[(blocks * NK * repeats, _chunks(D, DV))](
             *arrays, _strided(call.dk), _strided(call.dv), options, B, NK, NH // NK, L, S, blocks,
@@ -232,7 +235,7 @@ def _delta(call: Attention) -> torch.Tensor:
 def _dbias(call: Attention, arrays: list, options: Options, common: dict) -> None:
     B, NH, NK, D, DV = call.sizes
     L, S = call.q.shape[2], call.k.shape[2]
-    meta = choose(DKV_PAIRS, max(D, DV), call.q)
+    meta = choose(DKV, max(D, DV), call.q)
     shape = (1,) * (4 - call.dbias.dim()) + tuple(call.dbias.shape)
     blocks = cdiv(L, meta["BLOCK_M"]), cdiv(S, meta["BLOCK_N"])
     sum_i, sum_j = shape[2] != L, shape[3] != S
