@@ -144,7 +144,7 @@ def _table(call: Attention, plain, pairs):
 def forward(call: Attention) -> None:
     """Write o and lse."""
     _, NH, NK, D, DV = call.sizes
-    if not call.lse.numel():
+    if not call.lse.numel() or not call.sizes[0]:
         return
     with on(call.q):
         if call.q_first is None and call.q.shape[2] * (NH // NK) <= FEW_ROWS:
@@ -243,7 +243,7 @@ def _dbias(call: Attention, arrays: list, options: Options, common: dict) -> Non
     summed = call.dbias.view(shape)
     if sum_i or sum_j:
         summed = torch.empty(parts, dtype=torch.float32, device=call.q.device)
-    attention_dbias[(blocks[0] * blocks[1], shape[0] * shape[1])](
+    attention_dbias[(blocks[0] * blocks[1] * shape[0] * shape[1],)](
         *arrays, _strided(summed, 4), options, NH, NH // NK, L, S,
         shape[1], B // shape[0], NH // shape[1], call.seed,
         SUM_I=sum_i, SUM_J=sum_j, **common, **meta,

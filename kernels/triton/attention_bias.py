@@ -77,14 +77,15 @@ def attention_dbias(
     BOTTOM_RIGHT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one bias. Programs: blocks of j * blocks of i, biases (batch rows * heads).
+    """A tile of one bias. Programs: blocks of j * blocks of i * biases (batch rows * heads).
 
     dbias: (pointer, strides of b, h, i, j), with SUM_I its i counts blocks, j alike.
     share_b, share_h: how many batch rows and heads one bias serves.
     """
-    blocks_j = tl.cdiv(S, BLOCK_N)
-    block_i, block_j = program(0) // blocks_j, program(0) % blocks_j
-    b, h = program(1) // bias_heads, program(1) % bias_heads
+    t, blocks_i, blocks_j = program(0), tl.cdiv(L, BLOCK_M), tl.cdiv(S, BLOCK_N)
+    block_i, block_j = t // blocks_j % blocks_i, t % blocks_j
+    bias = t // blocks_j // blocks_i
+    b, h = bias // bias_heads, bias % bias_heads
     row, column = block_i * BLOCK_M, block_j * BLOCK_N
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for r in range(share_b * share_h):
