@@ -4,7 +4,8 @@ One operator computes a whole stack of layers and both directions. The four have
 output that a call does not ask for is an empty tensor. `run` is what functions and modules call. It
 goes through the operator where something listens to operators (a compiler, a tracer, a mode), and
 else past the dispatcher, which costs 10 us without, 15 us with gradients (2-core AVX-512 server),
-as much as a small step. Both ways end in `fastseq._stack`, the entry point of the NumPy functions.
+as much as a small step. Both ways end in `fastseq._stack`, the entry point of the NumPy functions,
+or for CUDA tensors in `recurrent_cuda`.
 """
 
 from functools import lru_cache, partial
@@ -15,6 +16,7 @@ from torch.autograd import Function
 
 from fastseq import _stack
 from fastseq._spec import Spec
+from fastseq.torch import recurrent_cuda
 from fastseq.torch._tensors import (
     FLOATS,
     OnceDifferentiable,
@@ -22,6 +24,7 @@ from fastseq.torch._tensors import (
     borrow,
     differentiated,
     heard,
+    on_gpu,
     or_empty,
     recorded,
     register,
@@ -53,7 +56,7 @@ def run(spec, x, h0, c0, weights, lengths=None, resets=None, cell_states=False, 
     Returns:
         y, h_n, c_n, c; the last two None or empty where the cell or the call has none.
     """
-    if x.dtype not in FLOATS or not (x.is_cpu or x.is_meta):
+    if not on_gpu(x) and (x.dtype not in FLOATS or not (x.is_cpu or x.is_meta)):
         raise unsupported(spec.cell, "x", x)
     inputs = (x, h0, c0, *weights)
     save = differentiated(inputs)
@@ -75,7 +78,7 @@ def run_step(spec, x, h, c, weights, cache=None):
     Inference adds and drops the axis of time in NumPy, which takes a sixth of what torch does.
     """
     inputs = (x, h, c, *weights)
-    seen = heard(inputs) or torch.autograd._profiler_enabled()
+    seen = heard(inputs) or torch.autograd._profiler_enabled() or on_gpu(x)
     if seen or differentiated(inputs) or x.dtype not in FLOATS:
         x, h, c = (None if t is None else t.unsqueeze(0) for t in (x, h, c))
         _, *states, _ = run(spec, x, h, c, weights, cache=cache)
@@ -88,6 +91,7 @@ def run_step(spec, x, h, c, weights, cache=None):
 
 
 def _infer(spec, x, h0, c0, weights, lengths, resets, cell_states, cache):
+    cache = None if on_gpu(x) else cache
     views = _views(spec, weights, cache)
     packed = None if cache is None else cache.packed(spec, views)
     options = {"packed": packed, "cell_states": cell_states}
@@ -95,11 +99,16 @@ def _infer(spec, x, h0, c0, weights, lengths, resets, cell_states, cache):
 
 
 def _views(spec, weights, cache=None):
+    if on_gpu(weights[0]):
+        return weights
     return borrow(spec.cell, weights) if cache is None else cache.views(spec, weights)
 
 
 def _forward(spec, x, h0, c0, views, lengths, resets, **options):
     """The kernels on tensors: y, h_n, c_n, c, reserve, None where absent."""
+    if on_gpu(x):
+        options.pop("packed", None)
+        return recurrent_cuda.forward(spec, x, h0, c0, views, lengths, resets, **options)
     x, h0, c0, lengths, resets = map(array, (x, h0, c0, lengths, resets))
     outputs = _stack.forward(spec, x, h0, c0, views, lengths, resets, **options)
     return tuple(map(tensor_of, outputs))
@@ -107,12 +116,16 @@ def _forward(spec, x, h0, c0, views, lengths, resets, **options):
 
 def _backward(spec, x, h0, c0, views, *tensors, needs):
     """The kernels on tensors: dx, dh0, dc0, [dweights], None or [] where not needed."""
-    x, h0, c0, *arrays = map(array, (x, h0, c0, *tensors))
-    *states, dweights = _stack.backward(
-        spec, x, h0, c0, views, *arrays, needs_x=needs[0], needs_weights=needs[3]
-    )
-    dx, dh0, dc0 = (tensor_of(d) if n else None for d, n in zip(states, needs, strict=False))
-    return dx, dh0, dc0, [tensor_of(d) for d in dweights] if needs[3] else []
+    wanted = {"needs_x": needs[0], "needs_weights": needs[3]}
+    if on_gpu(x):
+        found = recurrent_cuda.backward(spec, x, h0, c0, views, *tensors, **wanted)
+    else:
+        x, h0, c0, *arrays = map(array, (x, h0, c0, *tensors))
+        *states, dweights = _stack.backward(spec, x, h0, c0, views, *arrays, **wanted)
+        found = (*map(tensor_of, states), [tensor_of(d) for d in dweights or ()])
+    *states, dweights = found
+    dx, dh0, dc0 = (d if n else None for d, n in zip(states, needs, strict=False))
+    return dx, dh0, dc0, dweights or []
 
 
 class _Recurrence(Function):
@@ -181,14 +194,14 @@ def _spec(cell, num_weights, num_layers, bidirectional, reverse):
     return Spec(cell, num_layers, bidirectional, reverse, per_scan >= 4, per_scan % 2 == 1)
 
 
-def _cpu(cell, x, h0, c0, weights, lengths, resets, *flags):
+def _kernel(cell, x, h0, c0, weights, lengths, resets, *flags):
     spec = _spec(cell, len(weights), *flags[:3])
     options = {"cell_states": flags[3], "save": flags[4]}
     outputs = _forward(spec, x, h0, c0, _views(spec, weights), lengths, resets, **options)
     return tuple(or_empty(t, x) for t in outputs)
 
 
-def _cpu_bwd(cell, x, h0, c0, weights, *rest):
+def _kernel_bwd(cell, x, h0, c0, weights, *rest):
     *tensors, num_layers, bidirectional, reverse, needs = rest
     spec = _spec(cell, len(weights), num_layers, bidirectional, reverse)
     *states, dweights = _backward(spec, x, h0, c0, _views(spec, weights), *tensors, needs=needs)
@@ -204,7 +217,10 @@ def _fake(cell, x, h0, c0, weights, lengths, resets, *flags):
     D = 1 + bidirectional
     lstm = cell == "lstm"
     # the reserve holds (T, B, ·) arrays, whatever the input size: T and B may stay symbolic
-    per_step = _stack.reserve_size(spec, 1, 1, 1, int(H), int(P), FLOATS[x.dtype])
+    if on_gpu(x):
+        per_step = recurrent_cuda.reserve_per_step(spec, int(H), int(P))
+    else:
+        per_step = _stack.reserve_size(spec, 1, 1, 1, int(H), int(P), FLOATS[x.dtype])
     sizes = (
         (T, B, D * R),
         (num_layers * D, B, R),
@@ -244,7 +260,8 @@ _OPERATORS = {}
 _BWD_OPERATORS = {}
 
 for _cell in CELLS:
-    _fwd = (partial(f, _cell) for f in (_cpu, _autograd, _fake))
-    _bwd = (partial(_cpu_bwd, _cell), partial(_autograd_bwd, _cell), _fake_bwd)
-    _OPERATORS[_cell] = register(_cell, _SCHEMA, *_fwd)
-    _BWD_OPERATORS[_cell] = register(f"{_cell}_bwd", _BWD_SCHEMA, *_bwd)
+    _fwd, _bwd = partial(_kernel, _cell), partial(_kernel_bwd, _cell)
+    _fwd_rules = partial(_autograd, _cell), partial(_fake, _cell)
+    _bwd_rules = partial(_autograd_bwd, _cell), _fake_bwd
+    _OPERATORS[_cell] = register(_cell, _SCHEMA, _fwd, *_fwd_rules, _fwd)
+    _BWD_OPERATORS[_cell] = register(f"{_cell}_bwd", _BWD_SCHEMA, _bwd, *_bwd_rules, _bwd)

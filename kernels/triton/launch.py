@@ -1,8 +1,8 @@
-"""What all Triton kernels share: where they run, how products are rounded, sizes, 64-bit offsets.
+"""What all Triton kernels share: where they run, how products are rounded, sizes, offsets.
 
-A kernel's block sizes come from a table of `Row`s kept beside it, by size (head dimension, or hidden
-units), bytes per element and architecture. Nothing is tuned at run time, and T and B decide nothing:
-a new sequence length compiles and tries nothing new.
+A kernel's block sizes come from a table of `Row`s kept beside it, by size (head dimension, or
+hidden units), bytes per element and architecture. Nothing is tuned at run time, and T and B decide
+nothing: a new sequence length compiles and tries nothing new.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    # follows allow_tf32 and set_float32_matmul_precision, and does not raise where the two are mixed
+    # follows allow_tf32 and set_float32_matmul_precision, and raises nothing where they are mixed
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

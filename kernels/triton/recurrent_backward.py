@@ -1,0 +1,176 @@
+"""The backward scan of every cell, for `recurrent.py`, which says what the arguments are.
+
+    dh_t += dy_t        dg_t, dh, dc = cell'(dh_t, dc_t, kept_t)        dh_{t-1} = dh + W_hh^T dg_t
+
+It emits only the gates' gradients dg; those of weights and inputs are large products after it.
+As in `recurrent_forward.py` a program has BB rows and HU units, all steps if WHOLE, else one step a
+launch. A step's product with W_hh^T then stands at the start of the launch after it, which reads dg
+of all units from memory; first = last = 0 is that of the first step, with no cell to follow.
+Cost of a step: 2 B G H^2 FLOP; kept planes, y (GRU, RNN) and dy read, dg written once.
+"""
+
+import triton
+import triton.language as tl
+from fastseq.kernels.triton import cells
+from fastseq.kernels.triton.launch import wide
+from fastseq.kernels.triton.recurrent_forward import (
+    planes,
+    reset_rows,
+    store_planes,
+    tile_rows,
+    weight_tiles,
+)
+
+_SIZES = ["T", "B", "first", "last", "y_t", "y_b", "c_t", "c_b", "dy_t", "dy_b", "dc_t", "dc_b"]
+
+
+@triton.jit
+def _before(sequence, initial, b, u, t, length, active, reset, s_t, s_b, H, REVERSE: tl.constexpr):
+    """The state before step t: that of the step before in scan order, or the initial one."""
+    start = (t == length - 1) if REVERSE else (length > 0) & (t == 0)
+    t_before = t + 1 if REVERSE else t - 1
+    use = active & (reset == 0)
+    columns = (u < H)[None, :]
+    at = (wide(t_before) * s_t + b * s_b)[:, None] + u[None, :]
+    state = tl.load(sequence + at, mask=(use & (start == 0))[:, None] & columns, other=0.0)
+    state = state.to(tl.float32)
+    if initial is not None:
+        at = b[:, None] * H + u[None, :]
+        state += tl.load(initial + at, mask=(use & start)[:, None] & columns, other=0.0).to(
+            tl.float32
+        )
+    return state
+
+
+@triton.jit
+def _step_saved(
+    kept, y, c, h0, c0, dy, dc, resets, b, u, t, length, active, B,
+    y_t, y_b, c_t, c_b, dy_t, dy_b, dc_t, dc_b,
+    CELL: tl.constexpr, KEPT: tl.constexpr, H: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What step t needs: kept planes, h before and after, c before and after, dy, dc, reset."""
+    mask = active[:, None] & (u < H)[None, :]
+    reset = reset_rows(resets, b, t, active, B)
+    gy = tl.zeros(mask.shape, tl.float32)
+    gc = gy
+    if dy is not None:
+        at = (wide(t) * dy_t + b * dy_b)[:, None] + u[None, :]
+        gy = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+    h, h_next, c_before, c_next = gy, gy, gy, gy
+    k0, k1, k2, k3 = gy, gy, gy, gy
+    if KEPT > 0:
+        row = wide(t) * B + b
+        k0, k1, k2, k3 = planes(kept, (row * (KEPT * H))[:, None] + u[None, :], mask, KEPT, H)
+    if CELL == "lstm":
+        at = (wide(t) * c_t + b * c_b)[:, None] + u[None, :]
+        c_next = tl.load(c + at, mask=mask, other=0.0).to(tl.float32)
+        c_before = _before(c, c0, b, u, t, length, active, reset, c_t, c_b, H, REVERSE)
+        if dc is not None:
+            at = (wide(t) * dc_t + b * dc_b)[:, None] + u[None, :]
+            gc = tl.load(dc + at, mask=mask, other=0.0).to(tl.float32)
+        else:
+            gc = tl.zeros_like(gy)
+    elif CELL == "gru":
+        h = _before(y, h0, b, u, t, length, active, reset, y_t, y_b, H, REVERSE)
+    else:
+        at = (wide(t) * y_t + b * y_b)[:, None] + u[None, :]
+        h_next = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
+    return k0, k1, k2, k3, h, h_next, c_before, c_next, gy, gc, reset
+
+
+@triton.jit
+def _pending(
+    dg, w_hh, resets, b, u, t, length, exists, T, B,
+    G: tl.constexpr, PLANES: tl.constexpr, HIDDEN: tl.constexpr, H: tl.constexpr,
+    BB: tl.constexpr, HU: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W_hh^T dg_t for these units, zero for rows that step t does not compute or that it resets."""
+    active = exists & (t < length) & (t >= 0)
+    use = active & (reset_rows(resets, b, t, active, B) == 0)
+    row = (wide(t) * B + b) * (PLANES * H) + HIDDEN * H
+    dh = tl.zeros((BB, HU), tl.float32)
+    for k0 in range(0, G * H, BK):
+        k = k0 + tl.arange(0, BK)
+        seen = use[:, None] & (k < G * H)[None, :]
+        part = tl.load(dg + row[:, None] + k[None, :], mask=seen, other=0.0)
+        inside = (k < G * H)[:, None] & (u < H)[None, :]
+        w = tl.load(w_hh + k[:, None] * H + u[None, :], mask=inside, other=0.0)
+        dh = tl.dot(part, w, dh, input_precision=PRECISION)
+    return dh
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def scan_backward(
+    w_hh, lengths, order, resets, h0, c0, dh_state, dc_state, y, c, kept, dy, dc, dg,
+    T, B, first, last, y_t, y_b, c_t, c_b, dy_t, dy_b, dc_t, dc_b,
+    CELL: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr,
+    HIDDEN: tl.constexpr, H: tl.constexpr,
+    BB: tl.constexpr, HU: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    dtype = dg.dtype.element_ty
+    B = wide(B)
+    u = tl.program_id(1) * HU + tl.arange(0, HU)
+    b, exists, length = tile_rows(order, lengths, B, T, BB)
+    inside = exists[:, None] & (u < H)[None, :]
+    state = b[:, None] * H + u[None, :]
+    dh = tl.load(dh_state + state, mask=inside, other=0.0)
+    dcell = tl.load(dc_state + state, mask=inside, other=0.0) if CELL == "lstm" else dh
+    if WHOLE:
+        w0, w1, w2, w3 = weight_tiles(w_hh, u, u, H, G, "uk")
+        n = tl.max(length).to(tl.int32)
+        first = tl.maximum(first, T - n) if REVERSE else first
+        last = last if REVERSE else tl.minimum(last, n)
+    elif last < T:
+        t = T - 1 - last if REVERSE else last
+        dh += _pending(
+            dg, w_hh, resets, b, u, t, length, exists, T, B, G, PLANES, HIDDEN, H, BB, HU, BK,
+            PRECISION,
+        )  # fmt: skip
+    t = T - last if REVERSE else last - 1
+    active = exists & (t < length) & (t >= 0) & (last > 0)
+    k0, k1, k2, k3, h, h_next, c_before, c_next, gy, gc, reset = _step_saved(
+        kept, y, c, h0, c0, dy, dc, resets, b, u, t, length, active, B,
+        y_t, y_b, c_t, c_b, dy_t, dy_b, dc_t, dc_b, CELL, KEPT, H, REVERSE,
+    )  # fmt: skip
+    for i in range(0, last - first):
+        # the step before it in scan order is on its way while this one is computed
+        t_next = t + 1 if REVERSE else t - 1
+        active_next = exists & (t_next < length) & (t_next >= 0) & (i + 1 < last - first)
+        n0, n1, n2, n3, h_n, h_next_n, c_before_n, c_next_n, gy_n, gc_n, reset_n = _step_saved(
+            kept, y, c, h0, c0, dy, dc, resets, b, u, t_next, length, active_next, B,
+            y_t, y_b, c_t, c_b, dy_t, dy_b, dc_t, dc_b, CELL, KEPT, H, REVERSE,
+        )  # fmt: skip
+        dh_new, dc_new, d0, d1, d2, d3 = cells.backward(
+            CELL, dh + gy, dcell + gc, k0.to(tl.float32), k1.to(tl.float32), k2.to(tl.float32),
+            k3.to(tl.float32), h, h_next, c_before, c_next,
+        )  # fmt: skip
+        mask = active[:, None] & (u < H)[None, :]
+        at = ((wide(t) * B + b) * (PLANES * H))[:, None] + u[None, :]
+        store_planes(dg, at, mask, d0, d1, d2, d3, PLANES, H)
+        if WHOLE:
+            # padded units hold garbage, which must not meet the product's other columns
+            e0 = tl.where(mask, d0, 0.0).to(dtype)
+            e1, e2, e3 = e0, e0, e0
+            if G > 1:
+                e1 = tl.where(mask, d1, 0.0).to(dtype)
+                e2 = tl.where(mask, d2, 0.0).to(dtype)
+                e3 = tl.where(mask, d3, 0.0).to(dtype)
+            if HIDDEN == 1:
+                e0, e1, e2 = e1, e2, e3
+            dh_new = tl.dot(e0, w0, dh_new, input_precision=PRECISION)
+            if G > 1:
+                dh_new = tl.dot(e1, w1, dh_new, input_precision=PRECISION)
+                dh_new = tl.dot(e2, w2, dh_new, input_precision=PRECISION)
+            if G > 3:
+                dh_new = tl.dot(e3, w3, dh_new, input_precision=PRECISION)
+        kept_path = mask & (reset == 0)[:, None]
+        dh = tl.where(mask, tl.where(kept_path, dh_new, 0.0), dh)
+        if CELL == "lstm":
+            dcell = tl.where(mask, tl.where(kept_path, dc_new, 0.0), dcell)
+        k0, k1, k2, k3, h, h_next = n0, n1, n2, n3, h_n, h_next_n
+        c_before, c_next, gy, gc = c_before_n, c_next_n, gy_n, gc_n
+        reset, active, t = reset_n, active_next, t_next
+    tl.store(dh_state + state, dh, mask=inside)
+    if CELL == "lstm":
+        tl.store(dc_state + state, dcell, mask=inside)
