@@ -65,6 +65,7 @@ def _scan(made, index, below, y, c):
         kept=made.part("kept", index),
         gx=gx,
         h_state=states[:2],
+        shared=made.x.new_empty((2, B, H)),
         c_state=states[2],
     )
     last = kernels(made.spec.op, "recurrent").forward(scan) if B else states[0]

@@ -87,6 +87,7 @@ class Call:
             lengths=self.lengths,
             order=self.order,
             resets=self.resets,
+            arrived=self.x.new_zeros(self.B, dtype=torch.int32),
             **arrays,
         )
 
@@ -191,10 +192,10 @@ def _resets(op, resets, x):
     return resets.contiguous().view(torch.uint8)
 
 
-def _columns(spec: Spec, H: int, P: int) -> dict:
+def _columns(spec: Spec, H: int, P: int) -> dict[tuple[str, int], int]:
     """{(name, scan or layer): elements of a step and row} of the reserve."""
     kept = kernels(spec.op, "cells").KEPT[spec.cell] * H
-    columns = {}
+    columns: dict[tuple[str, int], int] = {}
     for index in range(spec.scans):
         columns |= {("kept", index): kept} if kept else {}
         columns |= {("c", index): H} if spec.kind.has_c else {}

@@ -1,23 +1,27 @@
 """Recurrent scans for CUDA tensors: RNN, GRU, LSTM, forward and backward.
 
-Two regimes, by the size of W_hh alone:
+Three regimes, by the size of W_hh and, between the last two, whether the GPU holds all programs at
+once (`recurrent_forward.py` says what they do):
 
-    whole     W_hh fits in one SM's registers: one launch for the whole sequence, a program per
-              tile of rows, which keeps W_hh and the states in registers
-    by step   else one launch per step, a program per tile of rows and units: product and cell
-              fused; the launches of a call are the same for the same shapes, so that a CUDA graph
-              (torch.cuda.graphs, torch.compile's "reduce-overhead") can hold them
-
-Bounds of the first, in units H: `_WHOLE`. Gate order, planes: `cells.py`.
+    whole     one launch, a program per tile of rows: W_hh fits one SM. Up to H =
+                            RNN    GRU    LSTM
+              2 bytes       256    128    128
+              float32       128    128     64
+    together  one cooperative launch, a program per tile of rows and of units: W_hh is spread over
+              the SMs. Up to H = 1024 (RNN, 2 bytes: 2048), while rows and units make no more
+              programs than the GPU has SMs
+    step      one launch per step. The launches of a call are the same for the same shapes, so that
+              a CUDA graph (torch.cuda.graphs, torch.compile's "reduce-overhead") can hold them
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from fastseq.kernels.triton.cells import GATES, HIDDEN_PLANE, KEPT, PLANES
-from fastseq.kernels.triton.launch import Row, cdiv, choose, on, precision
+from fastseq.kernels.triton.launch import Row, cdiv, choose, multiprocessors, on, precision
 from fastseq.kernels.triton.recurrent_backward import scan_backward
 from fastseq.kernels.triton.recurrent_forward import scan_forward
 
@@ -44,6 +48,8 @@ class Scan:
     kept: Any  # (T, B, KEPT H), or None
     gx: Any = None  # forward: (T, B, G H); an LSTM's may be `kept` itself
     h_state: Any = None  # forward: (2, B, H) float32, initial states in [0]
+    shared: Any = None  # forward: (2, B, H), scratch
+    arrived: Any = None  # (B,) int32, zeros
     c_state: Any = None  # forward: (B, H) float32, initial to last; backward: its gradient
     dh_state: Any = None  # backward: (B, H) float32, dh_n to dh0
     dy: Any = None  # (T, B, H), any (t, b), or None
@@ -51,36 +57,42 @@ class Scan:
     dg: Any = None  # (T, B, PLANES H); past lengths it is not written
 
 
-_BY_STEP = {"WHOLE": False, "BB": 16, "HU": 16, "BK": 64, "num_warps": 4, "num_stages": 3}
+def _whole(up_to: int, itemsize: int, num_warps: int) -> Row:
+    # float32 products have no tensor core to fill with 16 rows: fewer rows, more programs
+    meta = {"REGIME": "whole", "BB": 16 if itemsize == 2 else 4, "num_warps": num_warps}
+    return Row(up_to, itemsize, 0, meta | {"num_stages": 1})
 
 
-def _whole(up_to: int, itemsize: int, num_warps: int, rows: int = 16) -> Row:
-    meta = {"WHOLE": True, "BB": rows, "BK": 16, "num_warps": num_warps, "num_stages": 1}
-    return Row(up_to, itemsize, 0, meta)
+def _together(up_to: int, itemsize: int, rows: int, num_warps: int) -> Row:
+    meta = {"REGIME": "together", "BB": rows, "HU": 16, "num_warps": num_warps, "num_stages": 1}
+    return Row(up_to, itemsize, 90, meta | {"launch_cooperative_grid": True})
 
 
-_WHOLE = {
-    "forward": {
-        1: [_whole(64, 2, 4), _whole(256, 2, 8), _whole(32, 4, 4), _whole(128, 4, 8)],
-        3: [_whole(32, 2, 4), _whole(128, 2, 8), _whole(32, 4, 4), _whole(64, 4, 8)],
-        4: [_whole(32, 2, 4), _whole(128, 2, 8), _whole(32, 4, 4), _whole(64, 4, 8)],
-    },
-    "backward": {
-        1: [_whole(64, 2, 4), _whole(256, 2, 8), _whole(32, 4, 4), _whole(128, 4, 8)],
-        3: [_whole(32, 2, 4), _whole(128, 2, 8), _whole(32, 4, 4), _whole(64, 4, 8)],
-        4: [_whole(32, 2, 4), _whole(128, 2, 8), _whole(32, 4, 4), _whole(64, 4, 8)],
-    },
+_STEP = {"REGIME": "step", "BB": 16, "HU": 16, "BK": 64, "num_warps": 4, "num_stages": 3}
+
+# By gates. Registers and shared memory hold these without spilling, says ptxas for sm_90.
+_SMALL = [_whole(32, 2, 4), _whole(128, 2, 8), _whole(32, 4, 4), _whole(64, 4, 8)]
+WHOLE = {
+    1: [_whole(64, 2, 4), _whole(256, 2, 8), *_SMALL, _whole(128, 4, 16)],
+    3: [*_SMALL, _whole(128, 4, 16)],
+    4: _SMALL,
 }
-_ANY_SIZE = [Row(float("inf"), itemsize, 0, _BY_STEP) for itemsize in (2, 4)]
+TOGETHER = {
+    1: [_together(2048, 2, 16, 8)],
+    3: [_together(1024, 2, 16, 8)],
+    4: [_together(1024, 2, 16, 8)],
+}
+STEP = [Row(float("inf"), itemsize, 0, _STEP) for itemsize in (2, 4)]
 
 
-def plan(scan: Scan, way: str) -> dict[str, Any]:
-    """The kernel's constants; way: forward or backward."""
+def plan(scan: Scan) -> dict[str, Any]:
+    """The kernels' constants."""
     _, _, H = scan.sizes
     G = GATES[scan.cell]
-    meta = dict(choose(_WHOLE[way][G] + _ANY_SIZE, H, scan.w_hh))
-    if meta["WHOLE"]:
-        meta["HU"] = max(16, 1 << (H - 1).bit_length())
+    padded = max(16, 1 << (H - 1).bit_length())
+    meta = {"BK": padded, "HU": padded} | choose(WHOLE[G] + TOGETHER[G] + STEP, H, scan.w_hh)
+    if meta["REGIME"] == "together" and prod(_grid(scan, meta)) > multiprocessors(scan.w_hh):
+        meta = choose(STEP, H, scan.w_hh)
     fixed = {"CELL": scan.cell, "G": G, "KEPT": KEPT[scan.cell], "H": H}
     fixed |= {"REVERSE": scan.reverse, "PRECISION": precision(scan.w_hh.dtype)}
     return meta | fixed
@@ -88,10 +100,6 @@ def plan(scan: Scan, way: str) -> dict[str, Any]:
 
 def _strides(a) -> tuple[int, int]:
     return (0, 0) if a is None else a.stride()[:2]
-
-
-def _steps(meta, T: int) -> list[tuple[int, int]]:
-    return [(0, T)] if meta["WHOLE"] else [(s, s + 1) for s in range(T)]
 
 
 def _grid(scan: Scan, meta) -> tuple[int, int]:
@@ -102,25 +110,28 @@ def _grid(scan: Scan, meta) -> tuple[int, int]:
 def forward(scan: Scan) -> Any:
     """Fill y, c, kept and c_state; returns the part of h_state that holds the last states."""
     T, B, _ = scan.sizes
-    meta = plan(scan, "forward")
-    arrays = (scan.gx, scan.w_hh, scan.b_hn, scan.lengths, scan.order, scan.resets)
-    arrays += (scan.h_state, scan.c_state, scan.y, scan.c, scan.kept)
+    meta, h = plan(scan), scan.h_state
+    steps = [(s, s + 1) for s in range(T)] if meta["REGIME"] == "step" else [(0, T)]
+    before = (scan.gx, scan.w_hh, scan.b_hn, scan.lengths, scan.order, scan.resets)
+    after = (scan.c_state, scan.shared, scan.arrived, scan.y, scan.c, scan.kept)
     strides = (*_strides(scan.y), *_strides(scan.c))
     with on(scan.y):
-        for first, last in _steps(meta, T):
+        for i, (first, last) in enumerate(steps):
+            arrays = (*before, h[i % 2], h[(i + 1) % 2], *after)
             scan_forward[_grid(scan, meta)](*arrays, T, B, first, last, *strides, **meta)
-    return scan.h_state[1 if meta["WHOLE"] else T % 2]
+    return h[len(steps) % 2]
 
 
 def backward(scan: Scan) -> None:
     """Fill dg; dh_state and c_state become the gradients of the initial states."""
     T, B, _ = scan.sizes
     cell = scan.cell
-    meta = plan(scan, "backward") | {"PLANES": PLANES[cell], "HIDDEN": HIDDEN_PLANE[cell]}
-    arrays = (scan.w_hh, scan.lengths, scan.order, scan.resets, scan.h0, scan.c0)
-    arrays += (scan.dh_state, scan.c_state, scan.y, scan.c, scan.kept, scan.dy, scan.dc, scan.dg)
+    meta = plan(scan) | {"PLANES": PLANES[cell], "HIDDEN": HIDDEN_PLANE[cell]}
+    steps = [(s, s + 1) for s in reversed(range(T))] + [(0, 0)]
+    steps = steps if meta["REGIME"] == "step" else [(0, T)]
+    arrays = (scan.w_hh, scan.lengths, scan.order, scan.resets, scan.h0, scan.c0, scan.dh_state)
+    arrays += (scan.c_state, scan.arrived, scan.y, scan.c, scan.kept, scan.dy, scan.dc, scan.dg)
     strides = [n for a in (scan.y, scan.c, scan.dy, scan.dc) for n in _strides(a)]
-    steps = _steps(meta, T)[::-1] + [(0, 0)] * (not meta["WHOLE"])
     with on(scan.y):
         for first, last in steps:
             scan_backward[_grid(scan, meta)](*arrays, T, B, first, last, *strides, **meta)

@@ -3,9 +3,9 @@
     dh_t += dy_t        dg_t, dh, dc = cell'(dh_t, dc_t, kept_t)        dh_{t-1} = dh + W_hh^T dg_t
 
 It emits only the gates' gradients dg; those of weights and inputs are large products after it.
-As in `recurrent_forward.py` a program has BB rows and HU units, all steps if WHOLE, else one step a
-launch. A step's product with W_hh^T then stands at the start of the launch after it, which reads dg
-of all units from memory; first = last = 0 is that of the first step, with no cell to follow.
+Programs and regimes are those of `recurrent_forward.py`. Together, programs read each other's dg;
+by step the product with W_hh^T stands at the start of the launch after it, which reads dg of all
+units from memory; first = last = 0 is that of the first step, with no cell to follow.
 Cost of a step: 2 B G H^2 FLOP; kept planes, y (GRU, RNN) and dy read, dg written once.
 """
 
@@ -18,6 +18,7 @@ from fastseq.kernels.triton.recurrent_forward import (
     reset_rows,
     store_planes,
     tile_rows,
+    wait_for_others,
     weight_tiles,
 )
 
@@ -99,13 +100,52 @@ def _pending(
     return dh
 
 
+@triton.jit
+def _back_through(dh, e0, e1, e2, e3, w0, w1, w2, w3, G: tl.constexpr, PRECISION: tl.constexpr):
+    """dh + sum_g e_g W_g"""
+    dh = tl.dot(e0, w0, dh, input_precision=PRECISION)
+    if G > 1:
+        dh = tl.dot(e1, w1, dh, input_precision=PRECISION)
+        dh = tl.dot(e2, w2, dh, input_precision=PRECISION)
+    if G > 3:
+        dh = tl.dot(e3, w3, dh, input_precision=PRECISION)
+    return dh
+
+
+@triton.jit
+def _own_gates(mask, d0, d1, d2, d3, G: tl.constexpr, HIDDEN: tl.constexpr, dtype: tl.constexpr):
+    """The planes that W_hh^T takes; padded units hold garbage, which must not reach others."""
+    e0 = tl.where(mask, d0, 0.0).to(dtype)
+    e1, e2, e3 = e0, e0, e0
+    if G > 1:
+        e1 = tl.where(mask, d1, 0.0).to(dtype)
+        e2 = tl.where(mask, d2, 0.0).to(dtype)
+        e3 = tl.where(mask, d3, 0.0).to(dtype)
+    if HIDDEN == 1:
+        e0, e1, e2 = e1, e2, e3
+    return e0, e1, e2, e3
+
+
+@triton.jit
+def _all_gates(pointer, at, mask, G: tl.constexpr, H: tl.constexpr):
+    """The planes that W_hh^T takes, of all units, as other programs have just written them."""
+    e0 = tl.load(pointer + at, mask=mask, other=0.0, cache_modifier=".cg")
+    e1, e2, e3 = e0, e0, e0
+    if G > 1:
+        e1 = tl.load(pointer + at + H, mask=mask, other=0.0, cache_modifier=".cg")
+        e2 = tl.load(pointer + at + 2 * H, mask=mask, other=0.0, cache_modifier=".cg")
+    if G > 3:
+        e3 = tl.load(pointer + at + 3 * H, mask=mask, other=0.0, cache_modifier=".cg")
+    return e0, e1, e2, e3
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def scan_backward(
-    w_hh, lengths, order, resets, h0, c0, dh_state, dc_state, y, c, kept, dy, dc, dg,
+    w_hh, lengths, order, resets, h0, c0, dh_state, dc_state, arrived, y, c, kept, dy, dc, dg,
     T, B, first, last, y_t, y_b, c_t, c_b, dy_t, dy_b, dc_t, dc_b,
     CELL: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr,
     HIDDEN: tl.constexpr, H: tl.constexpr,
-    BB: tl.constexpr, HU: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr,
+    BB: tl.constexpr, HU: tl.constexpr, BK: tl.constexpr, REGIME: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     dtype = dg.dtype.element_ty
@@ -116,11 +156,14 @@ def scan_backward(
     state = b[:, None] * H + u[None, :]
     dh = tl.load(dh_state + state, mask=inside, other=0.0)
     dcell = tl.load(dc_state + state, mask=inside, other=0.0) if CELL == "lstm" else dh
-    if WHOLE:
-        w0, w1, w2, w3 = weight_tiles(w_hh, u, u, H, G, "uk")
+    if REGIME != "step":
+        k = tl.arange(0, BK)
+        w0, w1, w2, w3 = weight_tiles(w_hh, k, u, H, G, "uk")
         n = tl.max(length).to(tl.int32)
         first = tl.maximum(first, T - n) if REVERSE else first
         last = last if REVERSE else tl.minimum(last, n)
+        if REGIME == "together":
+            arrived += tl.program_id(0)
     elif last < T:
         t = T - 1 - last if REVERSE else last
         dh += _pending(
@@ -148,22 +191,15 @@ def scan_backward(
         mask = active[:, None] & (u < H)[None, :]
         at = ((wide(t) * B + b) * (PLANES * H))[:, None] + u[None, :]
         store_planes(dg, at, mask, d0, d1, d2, d3, PLANES, H)
-        if WHOLE:
-            # padded units hold garbage, which must not meet the product's other columns
-            e0 = tl.where(mask, d0, 0.0).to(dtype)
-            e1, e2, e3 = e0, e0, e0
-            if G > 1:
-                e1 = tl.where(mask, d1, 0.0).to(dtype)
-                e2 = tl.where(mask, d2, 0.0).to(dtype)
-                e3 = tl.where(mask, d3, 0.0).to(dtype)
-            if HIDDEN == 1:
-                e0, e1, e2 = e1, e2, e3
-            dh_new = tl.dot(e0, w0, dh_new, input_precision=PRECISION)
-            if G > 1:
-                dh_new = tl.dot(e1, w1, dh_new, input_precision=PRECISION)
-                dh_new = tl.dot(e2, w2, dh_new, input_precision=PRECISION)
-            if G > 3:
-                dh_new = tl.dot(e3, w3, dh_new, input_precision=PRECISION)
+        if REGIME == "whole":
+            e0, e1, e2, e3 = _own_gates(mask, d0, d1, d2, d3, G, HIDDEN, dtype)
+            dh_new = _back_through(dh_new, e0, e1, e2, e3, w0, w1, w2, w3, G, PRECISION)
+        if REGIME == "together":
+            wait_for_others(arrived, (i + 1) * tl.num_programs(1))
+            at = ((wide(t) * B + b) * (PLANES * H) + HIDDEN * H)[:, None] + k[None, :]
+            seen = active[:, None] & (k < H)[None, :]
+            e0, e1, e2, e3 = _all_gates(dg, at, seen, G, H)
+            dh_new = _back_through(dh_new, e0, e1, e2, e3, w0, w1, w2, w3, G, PRECISION)
         kept_path = mask & (reset == 0)[:, None]
         dh = tl.where(mask, tl.where(kept_path, dh_new, 0.0), dh)
         if CELL == "lstm":

@@ -2,11 +2,13 @@
 
     a = W_hh h_{t-1}        h_t, c_t = cell(gx_t, a, h_{t-1}, c_{t-1})        y_t = h_t
 
-One program has BB rows and HU units. WHOLE: HU covers H; states and weights stay in registers over
-all steps first..last, W_hh is read once. Else one launch is one step: HU units of all gates, so
-that the cell follows on the product's accumulators; states pass through `h_state`, read from one
-half and written to the other. Products take w_hh's dtype and sum in float32; states are float32.
-Cost of a step: 2 B G H^2 FLOP; gx read and y (and kept planes) written once; W_hh if not WHOLE.
+One program has BB rows and HU units of all gates, so that the cell follows on the product's
+accumulators. Products take w_hh's dtype and sum in float32; states are float32. REGIME:
+    whole     HU covers H: W_hh and the states stay on the SM over all steps first..last
+    together  so do a program's part of W_hh and its states; h goes through `shared` (2, B, H), and
+              a step ends when all programs of the same rows have counted themselves in `arrived`
+    step      one launch is one step: states pass through memory, W_hh is read in slices of BK
+Cost of a step: 2 B G H^2 FLOP; gx read and y (and kept planes) written once; W_hh by step.
 """
 
 import triton
@@ -94,8 +96,25 @@ def products(h, w0, w1, w2, w3, a0, a1, a2, a3, G: tl.constexpr, PRECISION: tl.c
 def reset_rows(resets, b, t, active, B):
     """Which of the active rows are reset before step t."""
     if resets is None:
-        return active & (b < 0)
-    return tl.load(resets + wide(t) * B + b, mask=active, other=0) != 0
+        reset = active & (b < 0)
+    else:
+        at = wide(t) * B + b
+        reset = tl.load(resets + at, mask=active, other=0) != 0
+    return reset
+
+
+@triton.jit
+def wait_for_others(arrived, times):
+    """Return when this has been called `times` times in all, by the programs of these rows.
+
+    What they wrote before is then visible here, to loads that bypass L1. All of them have to be
+    on the GPU at once: a cooperative launch sees to that.
+    """
+    tl.debug_barrier()
+    tl.atomic_add(arrived, 1, sem="release")
+    while tl.atomic_add(arrived, 0, sem="acquire") < times:
+        pass
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -107,12 +126,28 @@ def _step_inputs(gx, resets, b, u, t, active, B, H: tl.constexpr, G: tl.constexp
     return x0, x1, x2, x3, reset_rows(resets, b, t, active, B)
 
 
+@triton.jit
+def _product_by_slices(
+    source, w_hh, b, u, use, a0, a1, a2, a3,
+    H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a_g += h W_g^T with h and W_hh from memory."""
+    for start in range(0, H, BK):
+        k = start + tl.arange(0, BK)
+        seen = use[:, None] & (k < H)[None, :]
+        h = tl.load(source + b[:, None] * H + k[None, :], mask=seen, other=0.0)
+        w0, w1, w2, w3 = weight_tiles(w_hh, k, u, H, G, "ku")
+        h = h.to(w_hh.dtype.element_ty)
+        a0, a1, a2, a3 = products(h, w0, w1, w2, w3, a0, a1, a2, a3, G, PRECISION)
+    return a0, a1, a2, a3
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def scan_forward(
-    gx, w_hh, b_hn, lengths, order, resets, h_state, c_state, y, c, kept,
+    gx, w_hh, b_hn, lengths, order, resets, h_first, h_last, c_state, shared, arrived, y, c, kept,
     T, B, first, last, y_t, y_b, c_t, c_b,
     CELL: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, H: tl.constexpr,
-    BB: tl.constexpr, HU: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr,
+    BB: tl.constexpr, HU: tl.constexpr, BK: tl.constexpr, REGIME: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     dtype = w_hh.dtype.element_ty
@@ -121,21 +156,24 @@ def scan_forward(
     b, exists, length = tile_rows(order, lengths, B, T, BB)
     inside = exists[:, None] & (u < H)[None, :]
     state = b[:, None] * H + u[None, :]
-    source, target = h_state, h_state + B * H
-    if WHOLE:
-        w0, w1, w2, w3 = weight_tiles(w_hh, u, u, H, G, "ku")
-        n = tl.max(length).to(tl.int32)
-        first = tl.maximum(first, T - n) if REVERSE else first
-        last = last if REVERSE else tl.minimum(last, n)
-    elif first % 2 == 1:
-        source, target = target, source
-    h = tl.load(source + state, mask=inside, other=0.0)
+    h = tl.load(h_first + state, mask=inside, other=0.0)
     cell = tl.load(c_state + state, mask=inside, other=0.0) if CELL == "lstm" else h
     bias = h
     if CELL == "gru":
         bias = tl.zeros_like(h)
         if b_hn is not None:
             bias += tl.load(b_hn + u, mask=u < H, other=0.0).to(tl.float32)[None, :]
+    if REGIME != "step":
+        k = tl.arange(0, BK)
+        w0, w1, w2, w3 = weight_tiles(w_hh, k, u, H, G, "ku")
+        n = tl.max(length).to(tl.int32)
+        first = tl.maximum(first, T - n) if REVERSE else first
+        last = last if REVERSE else tl.minimum(last, n)
+    if REGIME == "together":
+        arrived += tl.program_id(0)
+        here = (b * H)[:, None] + k[None, :]
+        tl.store(shared + (first % 2) * B * H + state, h.to(dtype), mask=inside)
+        wait_for_others(arrived, tl.num_programs(1))
     t = T - 1 - first if REVERSE else first
     active = exists & (t < length) & (t >= 0)
     x0, x1, x2, x3, reset = _step_inputs(gx, resets, b, u, t, active, B, H, G)
@@ -146,41 +184,40 @@ def scan_forward(
         n0, n1, n2, n3, reset_next = _step_inputs(gx, resets, b, u, t_next, active_next, B, H, G)
         h_in = tl.where(reset[:, None], 0.0, h)
         c_in = tl.where(reset[:, None], 0.0, cell)
-        zero = tl.zeros_like(h)
-        a0, a1, a2, a3 = zero, zero, zero, zero
-        if WHOLE:
-            a0, a1, a2, a3 = products(h_in.to(dtype), w0, w1, w2, w3, a0, a1, a2, a3, G, PRECISION)
+        a0 = tl.zeros_like(h)
+        a1, a2, a3 = a0, a0, a0
+        use = exists & (reset == 0)
+        if REGIME == "step":
+            a0, a1, a2, a3 = _product_by_slices(
+                h_first, w_hh, b, u, use, a0, a1, a2, a3, H, G, BK, PRECISION
+            )
         else:
-            use = exists & (reset == 0)
-            for k0 in range(0, H, BK):
-                k = k0 + tl.arange(0, BK)
+            h_all = h_in.to(dtype)
+            if REGIME == "together":
                 seen = use[:, None] & (k < H)[None, :]
-                part = tl.load(source + b[:, None] * H + k[None, :], mask=seen, other=0.0)
-                v0, v1, v2, v3 = weight_tiles(w_hh, k, u, H, G, "ku")
-                a0, a1, a2, a3 = products(
-                    part.to(dtype), v0, v1, v2, v3, a0, a1, a2, a3, G, PRECISION
-                )
-        h_new, c_new, k0_, k1_, k2_, k3_ = cells.forward(
+                at = shared + (s % 2) * B * H + here
+                h_all = tl.load(at, mask=seen, other=0.0, cache_modifier=".cg")
+            a0, a1, a2, a3 = products(h_all, w0, w1, w2, w3, a0, a1, a2, a3, G, PRECISION)
+        h_new, c_new, p0, p1, p2, p3 = cells.forward(
             CELL, x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32),
             a0, a1, a2, a3, bias, h_in, c_in,
         )  # fmt: skip
         mask = active[:, None] & (u < H)[None, :]
         h = tl.where(mask, h_new, h)
-        row = wide(t) * B + b
-        tl.store(
-            y + (wide(t) * y_t + b * y_b)[:, None] + u[None, :],
-            h.to(y.dtype.element_ty),
-            mask=mask,
-        )
+        at = (wide(t) * y_t + b * y_b)[:, None] + u[None, :]
+        tl.store(y + at, h.to(y.dtype.element_ty), mask=mask)
         if CELL == "lstm":
             cell = tl.where(mask, c_new, cell)
             if c is not None:
                 at = (wide(t) * c_t + b * c_b)[:, None] + u[None, :]
                 tl.store(c + at, cell.to(c.dtype.element_ty), mask=mask)
         if kept is not None:
-            at = (row * (KEPT * H))[:, None] + u[None, :]
-            store_planes(kept, at, mask, k0_, k1_, k2_, k3_, KEPT, H)
+            at = ((wide(t) * B + b) * (KEPT * H))[:, None] + u[None, :]
+            store_planes(kept, at, mask, p0, p1, p2, p3, KEPT, H)
+        if REGIME == "together":
+            tl.store(shared + ((s + 1) % 2) * B * H + state, h.to(dtype), mask=inside)
+            wait_for_others(arrived, (s - first + 2) * tl.num_programs(1))
         x0, x1, x2, x3, reset, active, t = n0, n1, n2, n3, reset_next, active_next, t_next
-    tl.store(target + state, h, mask=inside)
+    tl.store(h_last + state, h, mask=inside)
     if CELL == "lstm":
         tl.store(c_state + state, cell, mask=inside)
