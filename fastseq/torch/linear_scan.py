@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-from fastseq.torch._tensors import FLOATS, unsupported
+from fastseq.torch._tensors import FLOATS, on_gpu, unsupported
 from fastseq.torch.linear_scan_ops import run
 
 
@@ -164,7 +164,8 @@ def active(x, lengths):
     """x with zeros past the rows' lengths: what is there reaches no result and no gradient."""
     if lengths is None:
         return x
-    past = torch.arange(x.shape[0]).unsqueeze(1) >= lengths
+    steps = torch.arange(x.shape[0], device=lengths.device)
+    past = (steps.unsqueeze(1) >= lengths).to(x.device)
     return x.masked_fill(past.unsqueeze(-1), 0)
 
 
@@ -176,7 +177,7 @@ def _require_tensors(op, **arguments):
 
 def _check(op, x, h0, lengths, resets, projections):
     _require_tensors(op, x=x, **projections, h0=h0, lengths=lengths, resets=resets)
-    if x.dtype not in FLOATS or not (x.is_cpu or x.is_meta):
+    if not on_gpu(x) and (x.dtype not in FLOATS or not (x.is_cpu or x.is_meta)):
         raise unsupported(op, "x", x)
     if x.dim() != 3:
         raise ValueError(f"{op}: x must be (T, B, I), 3 axes, got shape {tuple(x.shape)}")

@@ -1,7 +1,8 @@
 """The operator torch.ops.fastseq.linear_scan, its backward, and `run`.
 
 `run` is what functions and modules call; as in `ops`, it goes past the dispatcher where nothing
-listens. Both ways end in `fastseq._linear_scan`, the entry point of the NumPy function.
+listens. Both ways end in `fastseq._linear_scan`, the entry point of the NumPy function, or for CUDA
+tensors in `linear_scan_cuda`.
 """
 
 import torch
@@ -9,12 +10,14 @@ from torch import _C
 from torch.autograd import Function
 
 from fastseq import _linear_scan
+from fastseq.torch import linear_scan_cuda
 from fastseq.torch._tensors import (
     FLOATS,
     OnceDifferentiable,
     array,
     differentiated,
     heard,
+    on_gpu,
     recorded,
     register,
     tensor_of,
@@ -34,7 +37,7 @@ _BWD_SCHEMA = (
 
 def run(a, b, h0, lengths, resets, reverse):
     """`_linear_scan.forward` over tensors, with gradients for a, b and h0."""
-    if a.dtype not in FLOATS or not (a.is_cpu or a.is_meta):
+    if not on_gpu(a) and (a.dtype not in FLOATS or not (a.is_cpu or a.is_meta)):
         raise unsupported(_OP, "a", a)
     inputs = (a, b, h0, lengths, resets)
     if heard(inputs):
@@ -43,16 +46,20 @@ def run(a, b, h0, lengths, resets, reverse):
         return _LinearScan.apply(False, *inputs, reverse)
     if torch.autograd._profiler_enabled():
         with torch.profiler.record_function(f"fastseq::{_OP}"):
-            return _cpu(*inputs, reverse)
-    return _cpu(*inputs, reverse)
+            return _kernel(*inputs, reverse)
+    return _kernel(*inputs, reverse)
 
 
-def _cpu(*args):
+def _kernel(*args):
+    if on_gpu(args[0]):
+        return linear_scan_cuda.forward(_OP, *args)
     *tensors, reverse = args
     return tuple(map(tensor_of, _linear_scan.forward(_OP, *map(array, tensors), reverse)))
 
 
-def _cpu_bwd(*args):
+def _kernel_bwd(*args):
+    if on_gpu(args[0]):
+        return linear_scan_cuda.backward(_OP, *args)
     *tensors, reverse = args
     return tuple(map(tensor_of, _linear_scan.backward(_OP, *map(array, tensors), reverse)))
 
@@ -69,7 +76,7 @@ class _LinearScan(Function):
             with _C._AutoDispatchBelowAutograd():
                 h, h_n = _OPERATOR(*args)
         else:
-            h, h_n = _cpu(*args)
+            h, h_n = _kernel(*args)
         ctx.save_for_backward(a, h0, lengths, resets, h)
         return h, h_n
 
@@ -77,7 +84,7 @@ class _LinearScan(Function):
     def backward(ctx, dh, dh_n):
         args = (*ctx.saved_tensors, dh, dh_n)
         listened = torch.is_grad_enabled() or heard(args)
-        grads = (_BWD_OPERATOR if listened else _cpu_bwd)(*args, ctx.reverse)
+        grads = (_BWD_OPERATOR if listened else _kernel_bwd)(*args, ctx.reverse)
         found = (g if n else None for g, n in zip(grads, ctx.needs_input_grad[1:4], strict=True))
         return None, *found, None, None, None
 
@@ -104,5 +111,7 @@ def _autograd_bwd(*args):
         return _BWD_OPERATOR(*args)
 
 
-_OPERATOR = register(_OP, _SCHEMA, _cpu, _autograd, _fake)
-_BWD_OPERATOR = register(f"{_OP}_bwd", _BWD_SCHEMA, _cpu_bwd, _autograd_bwd, _fake_bwd)
+_OPERATOR = register(_OP, _SCHEMA, _kernel, _autograd, _fake, _kernel)
+_BWD_OPERATOR = register(
+    f"{_OP}_bwd", _BWD_SCHEMA, _kernel_bwd, _autograd_bwd, _fake_bwd, _kernel_bwd
+)

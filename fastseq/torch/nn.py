@@ -315,7 +315,7 @@ def _pad(data, batch_sizes):
     Both directions are one copy of rows (forward and backward), not one operation a step.
     """
     T, B = len(batch_sizes), int(batch_sizes[0])
-    active = torch.arange(B) < batch_sizes.unsqueeze(1)
-    rows = active.flatten().nonzero().squeeze(1)
+    active = torch.arange(B) < batch_sizes.unsqueeze(1)  # on the CPU, as batch_sizes are
+    rows = active.flatten().nonzero().squeeze(1).to(data.device, non_blocking=True)
     x = data.new_zeros(T * B, data.shape[1]).index_add_(0, rows, data)
     return x.view(T, B, -1), active.sum(0), rows

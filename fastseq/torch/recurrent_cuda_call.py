@@ -113,17 +113,18 @@ def call(spec, x, h0, c0, weights, lengths, resets) -> Call:
     R = P or H
     named = [_named_weights(spec, x, weights, index, H, R) for index in range(spec.scans)]
     h0, c0 = _state(spec, x, "h0", h0, R), _state(spec, x, "c0", c0, H)
-    lengths, order = _lengths(op, lengths, x)
-    resets = _resets(op, resets, x)
+    lengths = check_lengths(op, lengths, x)
+    order = None if lengths is None else torch.argsort(lengths, descending=True, stable=True)
+    resets = check_resets(op, resets, x)
     return Call(spec, x, T, B, H, P, R, h0, c0, named, lengths, order, resets, {})
 
 
-def same(op: str, name: str, a: Tensor, x: Tensor) -> None:
-    """Raise unless the tensor has x's dtype and device."""
+def same(op: str, name: str, a: Tensor, x: Tensor, like: str = "x") -> None:
+    """Raise unless the tensor has the dtype and device of x, which is argument `like`."""
     if a.dtype != x.dtype:
-        raise TypeError(f"{op}: {name} must be {_name(x.dtype)} as x is, got {_name(a.dtype)}")
+        raise TypeError(f"{op}: {name} must be {_name(x.dtype)} as {like} is, got {_name(a.dtype)}")
     if a.device != x.device:
-        raise ValueError(f"{op}: {name} must be on {x.device} as x is, got {a.device}")
+        raise ValueError(f"{op}: {name} must be on {x.device} as {like} is, got {a.device}")
 
 
 def _name(dtype) -> str:
@@ -165,23 +166,22 @@ def _state(spec, x, name, state, width):
     return state.contiguous()
 
 
-def _lengths(op, lengths, x):
-    """lengths on x's device and the rows by descending length; those on the CPU are checked."""
+def check_lengths(op: str, lengths: Tensor | None, x: Tensor) -> Tensor | None:
+    """(B,) int64 on x's device, x (T, B, any); values are checked where they are on the CPU."""
     if lengths is None:
-        return None, None
+        return None
     T, B = x.shape[:2]
     if lengths.is_cpu:
-        lengths = torch.from_numpy(_check.counts(op, "lengths", lengths, ("B", B), ("T", T)))
-        lengths = lengths.to(x.device, non_blocking=True)
-    else:
-        if lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: lengths must be integers, got {_name(lengths.dtype)}")
-        _check.shape(op, "lengths", tuple(lengths.shape), "B,", (B,))
-        lengths = lengths.to(torch.int64).clamp(0, T)
-    return lengths.contiguous(), torch.argsort(lengths, descending=True, stable=True)
+        checked = _check.counts(op, "lengths", lengths, ("B", B), ("T", T))
+        return torch.from_numpy(checked).to(x.device, non_blocking=True)
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: lengths must be integers, got {_name(lengths.dtype)}")
+    _check.shape(op, "lengths", tuple(lengths.shape), "B,", (B,))
+    return lengths.to(torch.int64).clamp(0, T)
 
 
-def _resets(op, resets, x):
+def check_resets(op: str, resets: Tensor | None, x: Tensor) -> Tensor | None:
+    """(T, B) as the kernels take them, x (T, B, any)."""
     if resets is None:
         return None
     if resets.dtype != torch.bool:
