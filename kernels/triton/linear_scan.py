@@ -4,8 +4,8 @@
 
 A program takes BC of the B C columns and `span` steps one after the other, U of them loaded at
 once. Where the columns alone fill the GPU one launch does all steps. Else time is cut into chunks:
-`summary` computes every chunk as a whole, state -> A state + b, with A in float64, which a product
-of many a_t does not leave so soon; `carry` the state before each chunk; then each chunk runs from
+`linear_scan_summary` computes every chunk as a whole, state -> A state + b, with A in float64, which a product
+of many a_t does not leave so soon; `linear_scan_carry` the state before each chunk; then each chunk runs from
 there. Where a row is reset a_t is not read and counts as 0; past its length its state stays.
 Cost: 2 T B C numbers read (4 in chunks) and T B C written; backward 3 (5 in chunks) and 2.
 Source: Blelloch, Prefix sums and their applications, 1990.
@@ -66,7 +66,7 @@ def _columns(lengths, T, B, C, BC: tl.constexpr):
 
 @triton.jit
 def _step(a, x, resets, t, column, row, length, B, C):
-    """a_t (0 at a reset), x_t or zeros, whether the row has step t, and whether it is no reset."""
+    """t, a_t (0 at a reset), x_t or zeros, whether the row has step t, whether it is no reset."""
     active = (t >= 0) & (t < length)
     kept = active
     if resets is not None:
@@ -76,11 +76,30 @@ def _step(a, x, resets, t, column, row, length, B, C):
     term = tl.zeros_like(factor)
     if x is not None:
         term = tl.load(x + at, mask=active, other=0.0).to(tl.float32)
-    return factor, term, active, kept
+    return t, factor, term, active, kept
+
+
+@triton.jit
+def _time(s, within, T, span, DOWN: tl.constexpr):
+    """The time of step s, which is the chunk's step `within`; -1 if it has none."""
+    return tl.where((within < span) & (s < T), T - 1 - s if DOWN else s, -1)
+
+
+@triton.jit
+def _steps(
+    a, x, resets, start, within, column, row, length, T, B, C, span,
+    U: tl.constexpr, DOWN: tl.constexpr,
+):  # fmt: skip
+    """U steps loaded at once, before anything is stored: no load could pass a store."""
+    steps = ()
+    for j in tl.static_range(U):
+        t = _time(start + within + j, within + j, T, span, DOWN)
+        steps = steps + (_step(a, x, resets, t, column, row, length, B, C),)  # noqa: RUF005
+    return steps
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def summary(
+def linear_scan_summary(
     a, x, lengths, resets, products, sums, T, B, C, span, chunks,
     BC: tl.constexpr, U: tl.constexpr, DOWN: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
@@ -90,11 +109,11 @@ def summary(
     A = tl.full((BC,), 1.0, tl.float64)
     b = tl.zeros((BC,), tl.float64)
     for i in range(0, span, U):
+        steps = _steps(
+            a, x, resets, chunk * span, i, column, row, length, T, B, C, span, U, DOWN
+        )  # fmt: skip
         for j in tl.static_range(U):
-            s = chunk * span + i + j
-            t = T - 1 - s if DOWN else s
-            t = tl.where(i + j < span, t, -1)
-            factor, term, active, kept = _step(a, x, resets, t, column, row, length, B, C)
+            _, factor, term, active, kept = steps[j]
             factor, term = factor.to(tl.float64), term.to(tl.float64)
             after = factor * (b + term) if BACKWARD else factor * b + term
             reset_to = tl.zeros_like(term) if BACKWARD else term
@@ -106,7 +125,7 @@ def summary(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def carry(initial, products, sums, states, T, B, C, span, chunks, BC: tl.constexpr):
+def linear_scan_carry(initial, products, sums, states, T, B, C, span, chunks, BC: tl.constexpr):
     """The state before every chunk, float32."""
     column = program(0) * BC + tl.arange(0, BC)
     exists = column < wide(B) * C
@@ -134,7 +153,7 @@ def _initial(initial, states, column, exists, B, C, BC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def scan_forward(
+def linear_scan_fwd(
     a, b, h0, states, lengths, resets, h, h_n, T, B, C, span, chunks,
     BC: tl.constexpr, U: tl.constexpr, DOWN: tl.constexpr,
 ):  # fmt: skip
@@ -143,19 +162,33 @@ def scan_forward(
     state = _initial(h0, states, column, exists, B, C, BC)
     start = program(1) * span
     for i in range(0, span, U):
+        steps = _steps(a, b, resets, start, i, column, row, length, T, B, C, span, U, DOWN)
         for j in tl.static_range(U):
-            s = start + i + j
-            inside = (i + j < span) & (s < T)
-            t = tl.where(inside, T - 1 - s if DOWN else s, -1)
-            factor, term, active, kept = _step(a, b, resets, t, column, row, length, B, C)
+            t, factor, term, active, kept = steps[j]
             state = tl.where(active, tl.where(kept, factor * state, 0.0) + term, state)
             at = wide(t) * (wide(B) * C) + column
-            tl.store(h + at, tl.where(active, state, 0.0).to(dtype), mask=exists & inside)
+            tl.store(h + at, tl.where(active, state, 0.0).to(dtype), mask=exists & (t >= 0))
     tl.store(h_n + column, state.to(dtype), mask=exists & (program(1) == chunks - 1))
 
 
+@triton.jit
+def _states_before(h, h0, steps, column, length, B, C, U: tl.constexpr, DOWN: tl.constexpr):
+    """h_{t-1} of the steps; scanned downwards, the step before t in the forward scan is t - 1."""
+    found = ()
+    for j in tl.static_range(U):
+        t, _, _, _, kept = steps[j]
+        before = t - 1 if DOWN else t + 1
+        first = (length > 0) & (before < 0) if DOWN else before >= length
+        at = wide(before) * (wide(B) * C) + column
+        state = tl.load(h + at, mask=kept & (first == 0), other=0.0).to(tl.float32)
+        if h0 is not None:
+            state += tl.load(h0 + column, mask=kept & first, other=0.0).to(tl.float32)
+        found = found + (state,)  # noqa: RUF005
+    return found
+
+
 @triton.jit(do_not_specialize=_SIZES)
-def scan_backward(
+def linear_scan_bwd(
     a, h, dh, h0, dh_n, states, lengths, resets, da, db, dh0, T, B, C, span, chunks,
     BC: tl.constexpr, U: tl.constexpr, DOWN: tl.constexpr,
 ):  # fmt: skip
@@ -164,25 +197,16 @@ def scan_backward(
     state = _initial(dh_n, states, column, exists, B, C, BC)
     start = program(1) * span
     for i in range(0, span, U):
+        steps = _steps(a, dh, resets, start, i, column, row, length, T, B, C, span, U, DOWN)
+        before = _states_before(h, h0, steps, column, length, B, C, U, DOWN)
         for j in tl.static_range(U):
-            s = start + i + j
-            inside = (i + j < span) & (s < T)
-            t = tl.where(inside, T - 1 - s if DOWN else s, -1)
-            factor, term, active, kept = _step(a, dh, resets, t, column, row, length, B, C)
-            # scanned downwards, the step before t in the forward scan is t - 1
-            before = t - 1 if DOWN else t + 1
-            first = before < 0 if DOWN else before >= length
-            at = wide(before) * (wide(B) * C) + column
-            h_before = tl.load(h + at, mask=kept & (first == 0), other=0.0).to(tl.float32)
-            if h0 is not None:
-                h_first = tl.load(h0 + column, mask=kept & first, other=0.0)
-                h_before += h_first.to(tl.float32)
+            t, factor, term, active, kept = steps[j]
             g = state + term
             state = tl.where(active, tl.where(kept, factor * g, 0.0), state)
             at = wide(t) * (wide(B) * C) + column
-            slope = tl.where(kept, g * h_before, 0.0)
-            tl.store(da + at, slope.to(dtype), mask=exists & inside)
-            tl.store(db + at, tl.where(active, g, 0.0).to(dtype), mask=exists & inside)
+            slope = tl.where(kept, g * before[j], 0.0)
+            tl.store(da + at, slope.to(dtype), mask=exists & (t >= 0))
+            tl.store(db + at, tl.where(active, g, 0.0).to(dtype), mask=exists & (t >= 0))
     tl.store(dh0 + column, state.to(dtype), mask=exists & (program(1) == chunks - 1))
 
 
@@ -208,9 +232,9 @@ def _run(kernel, scan: LinearScan, x, initial, before, after, *, down: bool, bac
             states = torch.empty((chunks, B * C), device=scan.a.device)
             masks = (scan.lengths, scan.resets)
             flags = {"DOWN": down, "BACKWARD": backward}
-            summary[grid](scan.a, x, *masks, products, sums, *sizes, **meta, **flags)
+            linear_scan_summary[grid](scan.a, x, *masks, products, sums, *sizes, **meta, **flags)
             only = {"BC": meta["BC"], "num_warps": meta["num_warps"]}
-            carry[grid[:1]](initial, products, sums, states, *sizes, **only)
+            linear_scan_carry[grid[:1]](initial, products, sums, states, *sizes, **only)
         masks = (states, scan.lengths, scan.resets)
         kernel[grid](*before, *masks, *after, *sizes, **meta, DOWN=down)
 
@@ -218,11 +242,11 @@ def _run(kernel, scan: LinearScan, x, initial, before, after, *, down: bool, bac
 def forward(scan: LinearScan) -> None:
     """Fill h and h_n."""
     before, after = (scan.a, scan.b, scan.h0), (scan.h, scan.h_n)
-    _run(scan_forward, scan, scan.b, scan.h0, before, after, down=scan.reverse, backward=False)
+    _run(linear_scan_fwd, scan, scan.b, scan.h0, before, after, down=scan.reverse, backward=False)
 
 
 def backward(scan: LinearScan) -> None:
     """Fill da, db and dh0."""
     before = (scan.a, scan.h, scan.dh, scan.h0, scan.h_n)
     after, down = (scan.da, scan.db, scan.dh0), not scan.reverse
-    _run(scan_backward, scan, scan.dh, scan.h_n, before, after, down=down, backward=True)
+    _run(linear_scan_bwd, scan, scan.dh, scan.h_n, before, after, down=down, backward=True)

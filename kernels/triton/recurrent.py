@@ -22,8 +22,8 @@ from typing import Any
 
 from fastseq.kernels.triton.cells import GATES, HIDDEN_PLANE, KEPT, PLANES
 from fastseq.kernels.triton.launch import Row, cdiv, choose, multiprocessors, on, precision
-from fastseq.kernels.triton.recurrent_backward import scan_backward
-from fastseq.kernels.triton.recurrent_forward import scan_forward
+from fastseq.kernels.triton.recurrent_backward import recurrent_bwd
+from fastseq.kernels.triton.recurrent_forward import recurrent_fwd
 
 
 @dataclass(slots=True)
@@ -118,7 +118,7 @@ def forward(scan: Scan) -> Any:
     with on(scan.y):
         for i, (first, last) in enumerate(steps):
             arrays = (*before, h[i % 2], h[(i + 1) % 2], *after)
-            scan_forward[_grid(scan, meta)](*arrays, T, B, first, last, *strides, **meta)
+            recurrent_fwd[_grid(scan, meta)](*arrays, T, B, first, last, *strides, **meta)
     return h[len(steps) % 2]
 
 
@@ -134,4 +134,4 @@ def backward(scan: Scan) -> None:
     strides = [n for a in (scan.y, scan.c, scan.dy, scan.dc) for n in _strides(a)]
     with on(scan.y):
         for first, last in steps:
-            scan_backward[_grid(scan, meta)](*arrays, T, B, first, last, *strides, **meta)
+            recurrent_bwd[_grid(scan, meta)](*arrays, T, B, first, last, *strides, **meta)

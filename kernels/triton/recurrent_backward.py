@@ -140,7 +140,7 @@ def _all_gates(pointer, at, mask, G: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def scan_backward(
+def recurrent_bwd(
     w_hh, lengths, order, resets, h0, c0, dh_state, dc_state, arrived, y, c, kept, dy, dc, dg,
     T, B, first, last, y_t, y_b, c_t, c_b, dy_t, dy_b, dc_t, dc_b,
     CELL: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr,

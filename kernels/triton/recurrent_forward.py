@@ -143,7 +143,7 @@ def _product_by_slices(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def scan_forward(
+def recurrent_fwd(
     gx, w_hh, b_hn, lengths, order, resets, h_first, h_last, c_state, shared, arrived, y, c, kept,
     T, B, first, last, y_t, y_b, c_t, c_b,
     CELL: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, H: tl.constexpr,
