@@ -83,7 +83,7 @@ def _input_product(made, index, below):
     T, B, G = made.T, made.B, made.spec.kind.gates
     kept = made.part("kept", index)
     gx = kept if kept is not None and made.spec.cell == "lstm" else made.new(T, B, G * H)
-    flat, rows, w_ih = gx.view(T * B, G * H), below.reshape(T * B, -1), w["w_ih"].t()
+    flat, rows, w_ih = gx.view(T * B, G * H), _flat(below), w["w_ih"].t()
     if not made.spec.bias:
         torch.mm(rows, w_ih, out=flat)
         return gx
@@ -220,6 +220,11 @@ def _with_last(made, index, dy, dh_n):
     return dy.index_put_(last, dh_n, accumulate=True)
 
 
+def _flat(a):
+    """(T, B, n) as a matrix."""
+    return a.reshape(a.shape[0] * a.shape[1], a.shape[2])
+
+
 def _rows(a):
     """`a` with consecutive elements in its last axis."""
     return a if a is None or a.stride(-1) == 1 else a.contiguous()
@@ -237,18 +242,17 @@ def _input_gradient(made, index, dg, other):
     w_ih = made.weights[index]["w_ih"]
     if made.spec.cell == "gru":
         w_ih = w_ih.roll(made.H, 0)  # n|r|z
-    flat = _gates(made, dg)[0].reshape(made.T * made.B, -1)
-    dx = flat @ w_ih if other is None else torch.addmm(other.view(len(flat), -1), flat, w_ih)
-    return dx.view(made.T, made.B, -1)
+    flat = _flat(_gates(made, dg)[0])
+    dx = flat @ w_ih if other is None else torch.addmm(_flat(other), flat, w_ih)
+    return dx.view(made.T, made.B, w_ih.shape[1])
 
 
 def _weight_gradients(made, index, dg, below, y, dy, dh_n, **_):
     """In the order of the weights."""
-    T, B, spec = made.T, made.B, made.spec
-    dgx, dgh = _gates(made, dg)
-    flat = dgx.reshape(T * B, -1)
+    spec, (dgx, dgh) = made.spec, _gates(made, dg)
+    flat = _flat(dgx)
     found = {
-        "w_ih": flat.t() @ below.reshape(T * B, -1),
+        "w_ih": flat.t() @ _flat(below),
         "w_hh": _recurrent_gradient(made, index, dgh, y),
     }
     if spec.bias:
@@ -267,8 +271,7 @@ def _steps_after(made, index, a, b):
     if made.resets is not None:
         reset = made.resets[:-1] if reverse else made.resets[1:]
         a = a.masked_fill(reset.bool().unsqueeze(2), 0)
-    rows = (made.T - 1) * made.B
-    return a.reshape(rows, a.shape[2]), b.reshape(rows, b.shape[2])
+    return _flat(a), _flat(b)
 
 
 def _recurrent_gradient(made, index, dgh, y):
@@ -289,5 +292,4 @@ def _projection_gradient(made, index, dg, dy):
     found = (after @ made.weights[index]["w_hh"]).t() @ before
     if dy is None:
         return found
-    rows = made.T * made.B
-    return torch.addmm(found, dy.reshape(rows, -1).t(), m.reshape(rows, -1))
+    return torch.addmm(found, _flat(dy).t(), _flat(m))

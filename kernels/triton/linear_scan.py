@@ -4,9 +4,10 @@
 
 A program takes BC of the B C columns and `span` steps one after the other, U of them loaded at
 once. Where the columns alone fill the GPU one launch does all steps. Else time is cut into chunks:
-`linear_scan_summary` computes every chunk as a whole, state -> A state + b, with A in float64, which a product
-of many a_t does not leave so soon; `linear_scan_carry` the state before each chunk; then each chunk runs from
-there. Where a row is reset a_t is not read and counts as 0; past its length its state stays.
+`linear_scan_summary` computes every chunk as a whole, state -> A state + b, with A in float64,
+which a product of many a_t does not leave so soon; `linear_scan_carry` the state before each chunk;
+then each chunk runs from there. Where a row is reset a_t is not read and counts as 0; past its
+length its state stays.
 Cost: 2 T B C numbers read (4 in chunks) and T B C written; backward 3 (5 in chunks) and 2.
 Source: Blelloch, Prefix sums and their applications, 1990.
 """
