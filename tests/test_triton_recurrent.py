@@ -44,7 +44,8 @@ OPTIONS = {
     "nobias-zerostate": {"bias": False, "initial": False, "T": 3, "B": 17, "H": 19},
 }
 every_cell = pytest.mark.parametrize("cell", CELLS)
-every_regime = pytest.mark.parametrize("regime", ["whole", "together", "step"], indirect=True)
+REGIMES = ["whole", "together", "slices", "step"]
+every_regime = pytest.mark.parametrize("regime", REGIMES, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -56,16 +57,20 @@ def on_the_gpu(monkeypatch):
 
 @pytest.fixture
 def regime(request, monkeypatch):
-    """Force a regime at any size: blocks of 16 units in slices of 16 by step, 4 rows if whole."""
+    """Force a regime at any size, with blocks of 16; "slices" is together, W_hh by slices."""
     by_gates = {G: [] for G in (1, 3, 4)}
     if request.param != "whole":
         monkeypatch.setattr(kernels, "WHOLE", by_gates)
     if request.param == "step":
         monkeypatch.setattr(kernels, "TOGETHER", by_gates)
         monkeypatch.setitem(kernels._STEP, "BK", 16)
-    if request.param == "together" and DEVICE == "cpu":
-        rows = [launch.Row(np.inf, size, 0, {"BB": 16}) for size in (2, 4)]
-        table = [r._replace(meta={"REGIME": "together", "num_warps": 4} | r.meta) for r in rows]
+    if request.param in ("together", "slices"):
+        meta = {"REGIME": "together", "BB": 16, "num_warps": 4, "num_stages": 1}
+        if DEVICE == "cuda":
+            meta |= {"HU": 16, "launch_cooperative_grid": True}
+        if request.param == "slices":
+            meta["BK"] = 16
+        table = [launch.Row(np.inf, size, 0, meta) for size in (2, 4)]
         monkeypatch.setattr(kernels, "TOGETHER", dict.fromkeys(by_gates, table))
         monkeypatch.setattr(kernels, "multiprocessors", lambda tensor: 99)
     return request.param
@@ -291,6 +296,7 @@ def test_the_regime_follows_from_the_size(monkeypatch):
     assert regime("lstm", 128, torch.bfloat16) == regime("gru", 128, torch.float32) == "whole"
     assert regime("lstm", 129, torch.bfloat16) == regime("rnn_relu", 300, torch.half) == "together"
     assert regime("lstm", 129, torch.bfloat16, B=2000) == "step"
-    assert regime("lstm", 5000, torch.bfloat16) == regime("lstm", 65, torch.float32) == "step"
+    assert regime("lstm", 2000, torch.half) == regime("lstm", 65, torch.float32) == "together"
+    assert regime("lstm", 2049, torch.bfloat16) == regime("gru", 2000, torch.float32) == "step"
     arch = 80
     assert regime("lstm", 129, torch.bfloat16) == "step"

@@ -8,8 +8,8 @@ once (`recurrent_forward.py` says what they do):
               2 bytes       256    128    128
               float32       128    128     64
     together  one cooperative launch, a program per tile of rows and of units: W_hh is spread over
-              the SMs. Up to H = 1024 (RNN, 2 bytes: 2048), while rows and units make no more
-              programs than the GPU has SMs
+              the SMs, and stays there up to H = 512 (RNN 1024) of 2 bytes. Up to H = 2048, while
+              rows and units make no more programs than the GPU has SMs
     step      one launch per step. The launches of a call are the same for the same shapes, so that
               a CUDA graph (torch.cuda.graphs, torch.compile's "reduce-overhead") can hold them
 """
@@ -63,9 +63,9 @@ def _whole(up_to: int, itemsize: int, num_warps: int) -> Row:
     return Row(up_to, itemsize, 0, meta | {"num_stages": 1})
 
 
-def _together(up_to: int, itemsize: int, rows: int, num_warps: int) -> Row:
-    meta = {"REGIME": "together", "BB": rows, "HU": 16, "num_warps": num_warps, "num_stages": 1}
-    return Row(up_to, itemsize, 90, meta | {"launch_cooperative_grid": True})
+def _together(up_to: int, itemsize: int, **blocks: int) -> Row:
+    meta = {"REGIME": "together", "BB": 16, "num_warps": 4, "launch_cooperative_grid": True}
+    return Row(up_to, itemsize, 90, meta | blocks)
 
 
 _STEP = {"REGIME": "step", "BB": 16, "HU": 16, "BK": 64, "num_warps": 4, "num_stages": 3}
@@ -77,10 +77,13 @@ WHOLE = {
     3: [*_SMALL, _whole(128, 4, 16)],
     4: _SMALL,
 }
+_KEPT = {"HU": 16, "num_stages": 1}
+_SLICED = {2: {"HU": 16, "BK": 128, "num_stages": 3}, 4: {"HU": 8, "BK": 64, "num_stages": 3}}
+_LARGE = [_together(2048, itemsize, **blocks) for itemsize, blocks in _SLICED.items()]
 TOGETHER = {
-    1: [_together(2048, 2, 16, 8)],
-    3: [_together(1024, 2, 16, 8)],
-    4: [_together(1024, 2, 16, 8)],
+    1: [_together(1024, 2, **_KEPT), *_LARGE],
+    3: [_together(512, 2, **_KEPT), *_LARGE],
+    4: [_together(512, 2, **_KEPT), *_LARGE],
 }
 STEP = [Row(float("inf"), itemsize, 0, _STEP) for itemsize in (2, 4)]
 

@@ -19,6 +19,7 @@ from fastseq.kernels.triton.recurrent_forward import (
     store_planes,
     tile_rows,
     wait_for_others,
+    weight_tile,
     weight_tiles,
 )
 
@@ -93,7 +94,8 @@ def _pending(
     for k0 in range(0, G * H, BK):
         k = k0 + tl.arange(0, BK)
         seen = use[:, None] & (k < G * H)[None, :]
-        part = tl.load(dg + row[:, None] + k[None, :], mask=seen, other=0.0)
+        at = dg + row[:, None] + k[None, :]
+        part = tl.load(at, mask=seen, other=0.0, cache_modifier=".cg")
         inside = (k < G * H)[:, None] & (u < H)[None, :]
         w = tl.load(w_hh + k[:, None] * H + u[None, :], mask=inside, other=0.0)
         dh = tl.dot(part, w, dh, input_precision=PRECISION)
@@ -127,16 +129,24 @@ def _own_gates(mask, d0, d1, d2, d3, G: tl.constexpr, HIDDEN: tl.constexpr, dtyp
 
 
 @triton.jit
-def _all_gates(pointer, at, mask, G: tl.constexpr, H: tl.constexpr):
-    """The planes that W_hh^T takes, of all units, as other programs have just written them."""
-    e0 = tl.load(pointer + at, mask=mask, other=0.0, cache_modifier=".cg")
-    e1, e2, e3 = e0, e0, e0
-    if G > 1:
-        e1 = tl.load(pointer + at + H, mask=mask, other=0.0, cache_modifier=".cg")
-        e2 = tl.load(pointer + at + 2 * H, mask=mask, other=0.0, cache_modifier=".cg")
-    if G > 3:
-        e3 = tl.load(pointer + at + 3 * H, mask=mask, other=0.0, cache_modifier=".cg")
-    return e0, e1, e2, e3
+def _stacked_weights(w_hh, k, u, H: tl.constexpr, G: tl.constexpr):
+    """(gates up to 4, k, u) of W_hh."""
+    gate = tl.arange(0, 4)[:, None, None]
+    at = (gate * H + k[None, :, None]) * H + u[None, None, :]
+    inside = (gate < G) & (k < H)[None, :, None] & (u < H)[None, None, :]
+    return tl.load(w_hh + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _stacked_product(
+    dg, row, seen, k, w, H: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr
+):
+    """sum_g dg_g w_g of all units, as other programs have just written them: a product a gate."""
+    gate = tl.arange(0, 4)[:, None, None]
+    at = row[None, :, None] + gate * H + k[None, None, :]
+    mask = (gate < G) & seen[None, :, None] & (k < H)[None, None, :]
+    e = tl.load(dg + at, mask=mask, other=0.0, cache_modifier=".cg")
+    return tl.sum(tl.dot(e, w, input_precision=PRECISION), 0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -156,14 +166,21 @@ def recurrent_bwd(
     state = b[:, None] * H + u[None, :]
     dh = tl.load(dh_state + state, mask=inside, other=0.0)
     dcell = tl.load(dc_state + state, mask=inside, other=0.0) if CELL == "lstm" else dh
+    k = tl.arange(0, BK)
     if REGIME != "step":
-        k = tl.arange(0, BK)
-        w0, w1, w2, w3 = weight_tiles(w_hh, k, u, H, G, "uk")
         n = tl.max(length).to(tl.int32)
         first = tl.maximum(first, T - n) if REVERSE else first
         last = last if REVERSE else tl.minimum(last, n)
-        if REGIME == "together":
+        if REGIME == "whole":
+            w0, w1, w2, w3 = weight_tiles(w_hh, k, u, H, G, "uk")
+        else:
             arrived += tl.program_id(0)
+            if BK >= H:
+                w = (
+                    _stacked_weights(w_hh, k, u, H, G)
+                    if G > 1
+                    else weight_tile(w_hh, 0, k, u, H, "uk")
+                )
     elif last < T:
         t = T - 1 - last if REVERSE else last
         dh += _pending(
@@ -196,10 +213,19 @@ def recurrent_bwd(
             dh_new = _back_through(dh_new, e0, e1, e2, e3, w0, w1, w2, w3, G, PRECISION)
         if REGIME == "together":
             wait_for_others(arrived, (i + 1) * tl.num_programs(1))
-            at = ((wide(t) * B + b) * (PLANES * H) + HIDDEN * H)[:, None] + k[None, :]
-            seen = active[:, None] & (k < H)[None, :]
-            e0, e1, e2, e3 = _all_gates(dg, at, seen, G, H)
-            dh_new = _back_through(dh_new, e0, e1, e2, e3, w0, w1, w2, w3, G, PRECISION)
+            row = (wide(t) * B + b) * (PLANES * H) + HIDDEN * H
+            if BK < H:
+                dh_new += _pending(
+                    dg, w_hh, resets, b, u, t, length, exists, T, B, G, PLANES, HIDDEN, H, BB,
+                    HU, BK, PRECISION,
+                )  # fmt: skip
+            elif G > 1:
+                dh_new += _stacked_product(dg, row, active, k, w, H, G, PRECISION)
+            else:
+                seen = active[:, None] & (k < H)[None, :]
+                at = dg + row[:, None] + k[None, :]
+                e = tl.load(at, mask=seen, other=0.0, cache_modifier=".cg")
+                dh_new = tl.dot(e, w, dh_new, input_precision=PRECISION)
         kept_path = mask & (reset == 0)[:, None]
         dh = tl.where(mask, tl.where(kept_path, dh_new, 0.0), dh)
         if CELL == "lstm":

@@ -5,10 +5,12 @@
 One program has BB rows and HU units of all gates, so that the cell follows on the product's
 accumulators. Products take w_hh's dtype and sum in float32; states are float32. REGIME:
     whole     HU covers H: W_hh and the states stay on the SM over all steps first..last
-    together  so do a program's part of W_hh and its states; h goes through `shared` (2, B, H), and
-              a step ends when all programs of the same rows have counted themselves in `arrived`
-    step      one launch is one step: states pass through memory, W_hh is read in slices of BK
-Cost of a step: 2 B G H^2 FLOP; gx read and y (and kept planes) written once; W_hh by step.
+    together  so do a program's states and, if BK covers H, its part of W_hh; h goes through
+              `shared` (2, B, H), and a step ends when all programs of the same rows have counted
+              themselves in `arrived`
+    step      one launch is one step: states pass through memory
+Where BK does not cover H every step reads W_hh, in slices of BK.
+Cost of a step: 2 B G H^2 FLOP; gx read and y (and kept planes) written once; W_hh if in slices.
 """
 
 import triton
@@ -127,6 +129,26 @@ def _step_inputs(gx, resets, b, u, t, active, B, H: tl.constexpr, G: tl.constexp
 
 
 @triton.jit
+def _interleaved_weights(w_hh, k, first, H: tl.constexpr, G: tl.constexpr, HU: tl.constexpr):
+    """(k, 4 HU): the gates of a unit side by side, for one product of all of them."""
+    column = tl.arange(0, 4 * HU)
+    unit, gate = first + column // 4, column % 4
+    at = (gate * H + unit)[None, :] * H + k[:, None]
+    inside = ((unit < H) & (gate < G))[None, :] & (k < H)[:, None]
+    return tl.load(w_hh + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _interleaved_product(h, w, BB: tl.constexpr, HU: tl.constexpr, PRECISION: tl.constexpr):
+    """h w, taken apart: the parts of the four gates."""
+    both = tl.reshape(tl.dot(h, w, input_precision=PRECISION), (BB, HU, 2, 2))
+    even, odd = tl.split(both)
+    a0, a2 = tl.split(even)
+    a1, a3 = tl.split(odd)
+    return a0, a1, a2, a3
+
+
+@triton.jit
 def _product_by_slices(
     source, w_hh, b, u, use, a0, a1, a2, a3,
     H: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -135,7 +157,8 @@ def _product_by_slices(
     for start in range(0, H, BK):
         k = start + tl.arange(0, BK)
         seen = use[:, None] & (k < H)[None, :]
-        h = tl.load(source + b[:, None] * H + k[None, :], mask=seen, other=0.0)
+        at = source + b[:, None] * H + k[None, :]
+        h = tl.load(at, mask=seen, other=0.0, cache_modifier=".cg")
         w0, w1, w2, w3 = weight_tiles(w_hh, k, u, H, G, "ku")
         h = h.to(w_hh.dtype.element_ty)
         a0, a1, a2, a3 = products(h, w0, w1, w2, w3, a0, a1, a2, a3, G, PRECISION)
@@ -164,14 +187,20 @@ def recurrent_fwd(
         if b_hn is not None:
             bias += tl.load(b_hn + u, mask=u < H, other=0.0).to(tl.float32)[None, :]
     if REGIME != "step":
-        k = tl.arange(0, BK)
-        w0, w1, w2, w3 = weight_tiles(w_hh, k, u, H, G, "ku")
         n = tl.max(length).to(tl.int32)
         first = tl.maximum(first, T - n) if REVERSE else first
         last = last if REVERSE else tl.minimum(last, n)
+    k = tl.arange(0, BK)
+    if REGIME == "whole":
+        w0, w1, w2, w3 = weight_tiles(w_hh, k, u, H, G, "ku")
     if REGIME == "together":
         arrived += tl.program_id(0)
-        here = (b * H)[:, None] + k[None, :]
+        if BK >= H:
+            here = (b * H)[:, None] + k[None, :]
+            if G > 1:
+                w = _interleaved_weights(w_hh, k, tl.program_id(1) * HU, H, G, HU)
+            else:
+                w = weight_tile(w_hh, 0, k, u, H, "ku")
         tl.store(shared + (first % 2) * B * H + state, h.to(dtype), mask=inside)
         wait_for_others(arrived, tl.num_programs(1))
     t = T - 1 - first if REVERSE else first
@@ -187,17 +216,21 @@ def recurrent_fwd(
         a0 = tl.zeros_like(h)
         a1, a2, a3 = a0, a0, a0
         use = exists & (reset == 0)
-        if REGIME == "step":
-            a0, a1, a2, a3 = _product_by_slices(
-                h_first, w_hh, b, u, use, a0, a1, a2, a3, H, G, BK, PRECISION
-            )
+        if REGIME == "whole":
+            a0, a1, a2, a3 = products(h_in.to(dtype), w0, w1, w2, w3, a0, a1, a2, a3, G, PRECISION)
+        elif REGIME == "together" and BK >= H:
+            at = shared + (s % 2) * B * H + here
+            seen = use[:, None] & (k < H)[None, :]
+            h_all = tl.load(at, mask=seen, other=0.0, cache_modifier=".cg")
+            if G > 1:
+                a0, a1, a2, a3 = _interleaved_product(h_all, w, BB, HU, PRECISION)
+            else:
+                a0 = tl.dot(h_all, w, input_precision=PRECISION)
         else:
-            h_all = h_in.to(dtype)
-            if REGIME == "together":
-                seen = use[:, None] & (k < H)[None, :]
-                at = shared + (s % 2) * B * H + here
-                h_all = tl.load(at, mask=seen, other=0.0, cache_modifier=".cg")
-            a0, a1, a2, a3 = products(h_all, w0, w1, w2, w3, a0, a1, a2, a3, G, PRECISION)
+            source = h_first if REGIME == "step" else shared + (s % 2) * B * H
+            a0, a1, a2, a3 = _product_by_slices(
+                source, w_hh, b, u, use, a0, a1, a2, a3, H, G, BK, PRECISION
+            )
         h_new, c_new, p0, p1, p2, p3 = cells.forward(
             CELL, x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32),
             a0, a1, a2, a3, bias, h_in, c_in,
