@@ -1,8 +1,7 @@
 """The recurrent Triton kernels, through the public functions: in the interpreter, or on a GPU.
 
 Without a GPU the kernels run in Triton's interpreter on CPU tensors (float32 and float16), and
-`on_gpu` sends them there. The interpreter runs one program after the other, so that together they
-cannot wait for each other: there a regime "together" has a single program of all units.
+`on_gpu` sends them there.
 """
 
 import numpy as np
@@ -26,6 +25,7 @@ from triton_running import (  # noqa: E402
     peer,
     result,
     rounded,
+    run_programs_in_turns,
     tensor,
 )
 
@@ -65,9 +65,11 @@ def regime(request, monkeypatch):
         monkeypatch.setattr(kernels, "TOGETHER", by_gates)
         monkeypatch.setitem(kernels._STEP, "BK", 16)
     if request.param in ("together", "slices"):
-        meta = {"REGIME": "together", "BB": 16, "num_warps": 4, "num_stages": 1}
+        meta = {"REGIME": "together", "BB": 16, "HU": 16, "num_warps": 4, "num_stages": 1}
         if DEVICE == "cuda":
-            meta |= {"HU": 16, "launch_cooperative_grid": True}
+            meta |= {"launch_cooperative_grid": True}
+        else:
+            run_programs_in_turns(monkeypatch)
         if request.param == "slices":
             meta["BK"] = 16
         table = [launch.Row(np.inf, size, 0, meta) for size in (2, 4)]

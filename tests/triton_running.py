@@ -1,6 +1,9 @@
 """What the tests of the GPU's scans share: where they run, dtypes, torch's results in any dtype."""
 
+import inspect
+import threading
 import warnings
+from functools import partial
 
 import numpy as np
 import torch
@@ -66,3 +69,92 @@ def peer(problem, dtype, outputs_of):
         {name: a.detach() for name, a in outputs.items()},
         dict(zip(leaves, grads, strict=True)),
     )
+
+
+class Turns:
+    """Programs of a launch in threads of their own, one at a time; an atomic passes the turn on.
+
+    The interpreter runs one program after the other: programs that wait for each other would
+    never end. Its builder knows one program at a time, so the index is put back with the turn.
+    """
+
+    def __init__(self, builder):
+        self.builder, self.atomic = builder, builder.create_atomic_rmw
+        self.changed, self.at, self.waiting = threading.Condition(), 0, []
+
+    def atomic_then_pass_on(self, *args):
+        found = self.atomic(*args)
+        index = self.builder.grid_idx
+        me = self.waiting[self.at]
+        self._pass_on(self.at + 1)
+        self._take(me)
+        self.builder.grid_idx = index
+        return found
+
+    def _pass_on(self, at):
+        with self.changed:
+            self.at = at % max(len(self.waiting), 1)
+            self.changed.notify_all()
+
+    def _take(self, me):
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting and self.waiting[self.at] == me)
+
+    def run(self, programs):
+        """Each of these functions to its end; the first error is raised."""
+        self.waiting, self.at, errors = list(range(len(programs))), 0, []
+
+        def body(me):
+            self._take(me)
+            try:
+                programs[me]()
+            except Exception as error:
+                errors.append(error)
+            here = self.waiting.index(me)
+            self.waiting.remove(me)
+            self._pass_on(here)
+
+        threads = [threading.Thread(target=body, args=(me,)) for me in range(len(programs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+
+def run_programs_in_turns(monkeypatch):
+    """Make the interpreter run the programs of a launch with the same first index side by side."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    turns = Turns(builder)
+
+    class InTurns(interpreter.GridExecutor):
+        def __call__(self, *args, **kwargs):
+            names = inspect.getfullargspec(self.fn).args
+            given = {k: v for k, v in kwargs.items() if k in names}
+            scope = interpreter._patch_lang(self.fn)
+            try:
+                args = inspect.getcallargs(self.fn, *args, **given)
+                args = {
+                    k: v if k in self.constexprs else interpreter._implicit_cvt(v)
+                    for k, v in args.items()
+                }
+                self._run(args, (*self.grid, 1)[:2])
+            finally:
+                scope.restore()
+
+        def _run(self, args, grid):
+            builder.set_grid_dim(*grid, 1)
+
+            def program(x, y):
+                builder.set_grid_idx(x, y, 0)
+                with np.errstate(all="ignore"):
+                    self.fn(**args)
+
+            for x in range(grid[0]):
+                turns.run([partial(program, x, y) for y in range(grid[1])])
+
+    monkeypatch.setattr(interpreter, "GridExecutor", InTurns)
+    monkeypatch.setattr(builder, "create_atomic_rmw", turns.atomic_then_pass_on)
