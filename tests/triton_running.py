@@ -72,20 +72,27 @@ def peer(problem, dtype, outputs_of):
 
 
 class Turns:
-    """Programs of a launch in threads of their own, one at a time; an atomic passes the turn on.
+    """Programs of a launch in threads of their own, one at a time: each runs as far as it can.
 
-    The interpreter runs one program after the other: programs that wait for each other would
+    The turn passes on where a program asks an atomic a second time. The interpreter runs one program after the other: programs that wait for each other would
     never end. Its builder knows one program at a time, so the index is put back with the turn.
     """
 
     def __init__(self, builder):
         self.builder, self.atomic = builder, builder.create_atomic_rmw
         self.changed, self.at, self.waiting = threading.Condition(), 0, []
+        self.asked = set()
 
-    def atomic_then_pass_on(self, *args):
-        found = self.atomic(*args)
-        index = self.builder.grid_idx
+    def atomic_then_pass_on(self, operation, pointer, value, *args):
+        found = self.atomic(operation, pointer, value, *args)
         me = self.waiting[self.at]
+        if value.data.any():
+            self.asked.discard(me)
+            return found
+        if me not in self.asked:
+            self.asked.add(me)
+            return found
+        index = self.builder.grid_idx
         self._pass_on(self.at + 1)
         self._take(me)
         self.builder.grid_idx = index
@@ -103,6 +110,7 @@ class Turns:
     def run(self, programs):
         """Each of these functions to its end; the first error is raised."""
         self.waiting, self.at, errors = list(range(len(programs))), 0, []
+        self.asked.clear()
 
         def body(me):
             self._take(me)
