@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,22 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _gpu() -> dict[str, Any]:
+    """Whether the GPU kernels can run, and on what or why not."""
+    for part in ("torch", "triton"):
+        if importlib.util.find_spec(part) is None:
+            return {"used": False, "why": f"{part} is not installed", "devices": []}
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.cuda.get_device_name(i) for i in range(count)]
+    return {
+        "used": count > 0,
+        "why": ", ".join(devices) if devices else "torch finds no CUDA device",
+        "devices": devices,
+    }
+
+
 def collect() -> dict:
     """Everything `show_config` prints, as plain data."""
     level, reason = _dispatch.level()
@@ -59,6 +76,7 @@ def collect() -> dict:
             "why": binding if pool else "libgomp.so.1 was not found: one thread",
             "limits": limits,
         },
+        "gpu": _gpu(),
         "optional": {name: _version(name) for name in OPTIONAL},
     }
 
@@ -81,5 +99,7 @@ def show_config(*, as_json: bool = False) -> None:
         f"kernels   {level['used']} ({level['register_bits']} bits): {level['why']}",
         f"threads   {threads['used']}: {threads['why']} (limits: {limits})",
     ]
+    gpu = found["gpu"]
+    lines.append(f"gpu       {'Triton kernels' if gpu['used'] else 'none'}: {gpu['why']}")
     lines += [f"{name:9s} {version or 'absent'}" for name, version in found["optional"].items()]
     sys.stdout.write("\n".join(lines) + "\n")

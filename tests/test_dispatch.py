@@ -272,10 +272,12 @@ def test_info_needs_only_numpy():
     assert found["level"]["register_bits"] == REGISTER_BYTES[LEVELS[-1]] * 8
     assert found["threads"]["used"] == 1 and "FASTSEQ_NUM_THREADS" in found["threads"]["why"]
     assert found["numpy"] == np.__version__
+    assert found["gpu"] == {"used": False, "why": "torch is not installed", "devices": []}
     assert HEAVY >= {n for n, version in found["optional"].items() if version is None} >= {"torch"}
     text = python(NUMPY_ONLY, "info", env={"FASTSEQ_CPU": "baseline"})
     assert "baseline (128 bits): FASTSEQ_CPU=baseline" in text
     assert re.search(r"^torch +absent$", text, re.M)
+    assert re.search(r"^gpu +none: torch is not installed$", text, re.M)
 
 
 def test_show_config_prints_what_info_does(capsys):

@@ -1,4 +1,4 @@
-"""Attention's and rotary's Triton kernels compile for Hopper, on a machine without a GPU."""
+"""The Triton kernels compile for Hopper, on a machine without a GPU."""
 
 import json
 import os
@@ -15,6 +15,8 @@ SHARED_MEMORY = 227 * 1024  # of a Hopper SM, for one program
 KERNELS = {
     *("attention_fwd", "attention_decode", "attention_merge", "attention_delta"),
     *("attention_dq", "attention_dkv", "attention_dbias", "rotary_fwd"),
+    *("recurrent_fwd", "recurrent_bwd", "linear_scan_fwd", "linear_scan_bwd"),
+    *("linear_scan_summary", "linear_scan_carry"),
 }
 
 

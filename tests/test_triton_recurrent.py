@@ -260,6 +260,17 @@ def test_errors():
         torch.autograd.grad(dx.sum(), leaf)
 
 
+def test_autocast_computes_in_its_dtype(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.float16)
+    ours, _ = modules("LSTM", 3, 4)
+    x = torch.randn(2, 3, 3, device=DEVICE, requires_grad=True)
+    y, (h_n, c_n) = ours.to(DEVICE)(x)
+    assert y.dtype == h_n.dtype == c_n.dtype == torch.float16
+    y.sum().backward()
+    assert x.grad.dtype == ours.weight_hh_l0.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["linear_scan", *CELLS])
 def test_operators_have_a_cuda_kernel(name):
     for suffix in ("", "_bwd"):

@@ -74,8 +74,9 @@ def peer(problem, dtype, outputs_of):
 class Turns:
     """Programs of a launch in threads of their own, one at a time: each runs as far as it can.
 
-    The turn passes on where a program asks an atomic a second time. The interpreter runs one program after the other: programs that wait for each other would
-    never end. Its builder knows one program at a time, so the index is put back with the turn.
+    The turn passes on where a program asks an atomic a second time. The interpreter runs one
+    program after the other: programs that wait for each other would never end. Its builder knows
+    one program at a time, so the index is put back with the turn.
     """
 
     def __init__(self, builder):

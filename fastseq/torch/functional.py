@@ -27,7 +27,7 @@ def rnn(
         h' = tanh(W_ih x + b_ih + W_hh h + b_hh)        or max(., 0) for "relu"
 
     Args:
-        x: (T, B, I) float32 or float64 on the CPU, any strides.
+        x: (T, B, I) float32 or float64, on a GPU float32, bfloat16 or float16; any strides.
         w_ih: (H, I).
         w_hh: (H, H).
         b_ih: (H,), given together with b_hh or not at all (zeros).
@@ -42,8 +42,8 @@ def rnn(
         y (T, B, H), zero past a row's length, and h_n (B, H), each row's own last state.
 
     Raises:
-        TypeError: an argument is no tensor, x or a weight no float32 or float64 on the CPU.
-        ValueError: a shape, dtype or length does not fit; unknown nonlinearity.
+        TypeError: an argument is no tensor, or x or a weight of another dtype.
+        ValueError: a shape, dtype or length (not read on a GPU) does not fit; unknown nonlinearity.
         RuntimeError: a second derivative is asked for.
 
     Accuracy: float32 error within 2x of torch's own (3x for gradients), float64 1e-12 relative.
@@ -74,7 +74,7 @@ def gru(
         z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)    h' = (1 - z) * n + z * h
 
     Args:
-        x: (T, B, I) float32 or float64 on the CPU, any strides.
+        x: (T, B, I) float32 or float64, on a GPU float32, bfloat16 or float16; any strides.
         w_ih: (3H, I), gates r|z|n.
         w_hh: (3H, H), gates r|z|n.
         b_ih: (3H,), given together with b_hh or not at all (zeros).
@@ -88,8 +88,8 @@ def gru(
         y (T, B, H), zero past a row's length, and h_n (B, H), each row's own last state.
 
     Raises:
-        TypeError: an argument is no tensor, x or a weight no float32 or float64 on the CPU.
-        ValueError: a shape, dtype or length does not fit.
+        TypeError: an argument is no tensor, or x or a weight of another dtype.
+        ValueError: a shape, dtype or length (not read on a GPU) does not fit.
         RuntimeError: a second derivative is asked for.
 
     Accuracy: float32 error within 2x of torch's own (3x for gradients), float64 1e-12 relative.
@@ -124,7 +124,7 @@ def lstm(
         o = sigmoid(W_io x + b_io + W_ho h + b_ho)      h' = o * tanh(c')
 
     Args:
-        x: (T, B, I) float32 or float64 on the CPU, any strides.
+        x: (T, B, I) float32 or float64, on a GPU float32, bfloat16 or float16; any strides.
         w_ih: (4H, I), gates i|f|g|o.
         w_hh: (4H, H), gates i|f|g|o.
         b_ih: (4H,), given together with b_hh or not at all (zeros).
@@ -141,8 +141,8 @@ def lstm(
         a row's length, h_n and c_n (B, H), each row's own last states.
 
     Raises:
-        TypeError: an argument is no tensor, x or a weight no float32 or float64 on the CPU.
-        ValueError: a shape, dtype or length does not fit.
+        TypeError: an argument is no tensor, or x or a weight of another dtype.
+        ValueError: a shape, dtype or length (not read on a GPU) does not fit.
         RuntimeError: a second derivative is asked for.
 
     Accuracy: float32 error within 2x of torch's own (3x for gradients), float64 1e-12 relative.
@@ -172,7 +172,7 @@ def rnn_cell(
         h' = tanh(W_ih x + b_ih + W_hh h + b_hh)        or max(., 0) for "relu"
 
     Args:
-        x: (B, I) float32 or float64 on the CPU, any strides.
+        x: (B, I) float32 or float64, on a GPU float32, bfloat16 or float16; any strides.
         h: (B, H), zeros if None.
         w_ih: (H, I).
         w_hh: (H, H).
@@ -204,7 +204,7 @@ def gru_cell(
         z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)    h' = (1 - z) * n + z * h
 
     Args:
-        x: (B, I) float32 or float64 on the CPU, any strides.
+        x: (B, I) float32 or float64, on a GPU float32, bfloat16 or float16; any strides.
         h: (B, H), zeros if None.
         w_ih: (3H, I), gates r|z|n.
         w_hh: (3H, H), gates r|z|n.
@@ -236,7 +236,7 @@ def lstm_cell(
         o = sigmoid(W_io x + b_io + W_ho h + b_ho)      h' = o * tanh(c')
 
     Args:
-        x: (B, I) float32 or float64 on the CPU, any strides.
+        x: (B, I) float32 or float64, on a GPU float32, bfloat16 or float16; any strides.
         h: (B, H), zeros if None.
         c: (B, H), zeros if None.
         w_ih: (4H, I), gates i|f|g|o.

@@ -25,7 +25,7 @@ def linear_scan(
         h_t = a_t * h_{t-1} + b_t
 
     Args:
-        a: (T, B, C) float32 or float64 on the CPU, any strides.
+        a: (T, B, C) float32 or float64, on a GPU float32, bfloat16 or float16; any strides.
         b: (T, B, C).
         h0: (B, C), zeros if None.
         reverse: time runs backwards, for each row from its own end.
@@ -36,9 +36,9 @@ def linear_scan(
         h (T, B, C), zero past a row's length, and h_n (B, C), each row's own last state.
 
     Raises:
-        TypeError: an argument is no tensor, a or b no float32 or float64 on the CPU.
-        ValueError: a shape, dtype or length does not fit.
-        ImportError: Numba is not installed.
+        TypeError: an argument is no tensor, or a or b of another dtype.
+        ValueError: a shape, dtype or length (not read on a GPU) does not fit.
+        ImportError: Numba is not installed, on a GPU triton.
         RuntimeError: a second derivative is asked for.
 
     Accuracy: float32 error within 2x of torch's own (3x for gradients), float64 1e-12 relative.
@@ -67,7 +67,7 @@ def min_gru(
         z = sigmoid(W_z x + b_z)        n = W_h x + b_h        h' = (1 - z) * h + z * n
 
     Args:
-        x: (T, B, I) float32 or float64 on the CPU, any strides.
+        x: (T, B, I) float32 or float64, on a GPU float32, bfloat16 or float16; any strides.
         w_z: (H, I).
         w_h: (H, I).
         b_z: (H,), zeros if None.
@@ -81,9 +81,9 @@ def min_gru(
         h (T, B, H), zero past a row's length, and h_n (B, H), each row's own last state.
 
     Raises:
-        TypeError: an argument is no tensor, x no float32 or float64 on the CPU.
-        ValueError, RuntimeError: a shape, dtype or length does not fit.
-        ImportError: Numba is not installed.
+        TypeError: an argument is no tensor, or x of another dtype.
+        ValueError, RuntimeError: a shape, dtype or length (not read on a GPU) does not fit.
+        ImportError: Numba is not installed, on a GPU triton.
 
     Accuracy: float32 error within 2x of torch's own (3x for gradients), float64 1e-12 relative.
     Cost: 4 H I FLOP a step and row by torch's products, and `linear_scan`.
@@ -117,7 +117,7 @@ def min_lstm(
         h' = f / (f + i) * h + i / (f + i) * n
 
     Args:
-        x: (T, B, I) float32 or float64 on the CPU, any strides.
+        x: (T, B, I) float32 or float64, on a GPU float32, bfloat16 or float16; any strides.
         w_f: (H, I).
         w_i: (H, I).
         w_h: (H, I).
@@ -133,9 +133,9 @@ def min_lstm(
         h (T, B, H), zero past a row's length, and h_n (B, H), each row's own last state.
 
     Raises:
-        TypeError: an argument is no tensor, x no float32 or float64 on the CPU.
-        ValueError, RuntimeError: a shape, dtype or length does not fit.
-        ImportError: Numba is not installed.
+        TypeError: an argument is no tensor, or x of another dtype.
+        ValueError, RuntimeError: a shape, dtype or length (not read on a GPU) does not fit.
+        ImportError: Numba is not installed, on a GPU triton.
 
     Accuracy: as `min_gru`; f / (f + i) is computed from logarithms and does not underflow.
     Cost: 6 H I FLOP a step and row by torch's products, and `linear_scan`.

@@ -82,7 +82,7 @@ class _MinRecurrent(torch.nn.Module):
             output (T, B, H), with batch_first (B, T, H), and h_n (num_layers, B, H).
 
         Raises:
-            TypeError: input is not float32 or float64 on the CPU.
+            TypeError: input is of a dtype that does not run on its device.
             ValueError: a shape or length does not fit.
         """
         self._check(input, 3, h0)

@@ -1,8 +1,9 @@
 """torch.nn's modules on fastseq's kernels: the recurrent ones here, and MultiheadAttention.
 
 Constructors, forward signatures, state_dict keys, initial values under a seed, PackedSequence
-handling and errors are torch.nn's; they run float32 and float64 on the CPU. RNN, GRU and LSTM are
-torch.nn.RNNBase but not torch.nn.RNN, GRU and LSTM, whose subclasses torch.compile refuses.
+handling and errors are torch.nn's; they run float32 and float64 on the CPU, float32, bfloat16 and
+float16 on a GPU. RNN, GRU and LSTM are torch.nn.RNNBase but not torch.nn.RNN, GRU and LSTM, whose
+subclasses torch.compile refuses.
 """
 
 import torch
@@ -56,7 +57,7 @@ class _Recurrent(torch.nn.RNNBase):
 
         Raises:
             ValueError, RuntimeError: where torch.nn raises them.
-            TypeError: the parameters are not float32 or float64 on the CPU.
+            TypeError: the parameters are of a dtype that does not run on their device.
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
@@ -299,7 +300,7 @@ def _check_size(state, size, name):
 
 
 def _check_same_dtype(x, other, name):
-    if x.dtype != other.dtype:
+    if x.dtype != other.dtype and not torch.is_autocast_enabled(x.device.type):
         raise RuntimeError(
             f"input and {name} must have the same dtype, got {x.dtype} and {other.dtype}"
         )

@@ -58,6 +58,8 @@ def run(spec, x, h0, c0, weights, lengths=None, resets=None, cell_states=False, 
     """
     if not on_gpu(x) and (x.dtype not in FLOATS or not (x.is_cpu or x.is_meta)):
         raise unsupported(spec.cell, "x", x)
+    if on_gpu(x):
+        x, h0, c0, *weights = recurrent_cuda.autocast(x, h0, c0, *weights)
     inputs = (x, h0, c0, *weights)
     save = differentiated(inputs)
     if heard(inputs):

@@ -14,7 +14,15 @@ from fastseq import _check
 from fastseq.kernels.triton import kernels
 from fastseq.torch.recurrent_cuda_call import call, lay_out, reserve_per_step, same
 
-__all__ = ["backward", "forward", "reserve_per_step"]
+__all__ = ["autocast", "backward", "forward", "reserve_per_step"]
+
+
+def autocast(*tensors):
+    """The tensors in torch.autocast's dtype where it is on, as torch's recurrent layers do."""
+    if not torch.is_autocast_enabled("cuda"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cuda")
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 def forward(spec, x, h0, c0, weights, lengths, resets, *, cell_states=False, save=False):
