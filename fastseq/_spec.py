@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
+
 from fastseq.kernels.cpu.contract import CELLS, CompiledCell
 
 WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "params")
@@ -22,13 +24,13 @@ class Kind:
     recurrent: bool = True  # has w_hh and b_hh
     params: int = 0  # parameters per unit
 
-    def cell(self, kernels: ModuleType) -> int | CompiledCell:
+    def cell(self, kernels: ModuleType, dtype: np.dtype) -> int | CompiledCell:
         """What the kernels of one dtype know it by; a user's cell is compiled for them."""
         raise NotImplementedError
 
 
 class _BuiltIn(Kind):
-    def cell(self, kernels: ModuleType) -> int | CompiledCell:
+    def cell(self, kernels: ModuleType, dtype: np.dtype) -> int | CompiledCell:
         return CELLS[name_of(self)]
 
 

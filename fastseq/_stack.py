@@ -62,7 +62,7 @@ def _slices(sizes: Sequence[int]) -> tuple[tuple[slice, ...], int]:
 @lru_cache(maxsize=1024)
 def _sized(spec: Spec, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype) -> Plan:  # noqa: E741
     kernels = _dispatch.kernels("recurrent", dtype)
-    cell = spec.kind.cell(kernels)
+    cell = spec.kind.cell(kernels, dtype)
     D, R = spec.directions, P or H
     inputs = tuple(I if index < D else D * R for index in range(spec.scans))
     packed, packed_size = _slices([kernels.packed_size(cell, n, H, P) for n in inputs])

@@ -17,7 +17,7 @@ cdef Cell cell_from(object which) except *:
     if isinstance(which, int):
         return cell_of(which)
     c.gates, c.planes, c.has_c = which.gates, which.gates + which.split, which.has_c
-    c.saves_gates, c.dh_direct, c.recurrent, c.params = True, True, which.recurrent, which.params
+    c.saves_gates, c.dh_direct, c.recurrent, c.params = True, which.dh_direct, which.recurrent, which.params
     c.forward, c.backward = <CellFn><size_t>which.forward, <CellFn><size_t>which.backward
     return c
 

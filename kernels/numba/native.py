@@ -112,6 +112,11 @@ def compile_all(what, functions):
     return kernels
 
 
+def address_of(kernel):
+    """Where a kernel's code is."""
+    return ctypes.cast(kernel, ctypes.c_void_p).value
+
+
 def _parallel():
     """libgomp's GOMP_parallel(kernel, job, threads, flags), or None."""
     with suppress(OSError, AttributeError):

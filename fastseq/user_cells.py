@@ -1,0 +1,314 @@
+"""Recurrent cells that users write: `cell` makes one of a plain function, `scan` runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fastseq import _check, _dispatch, _stack
+from fastseq._spec import KINDS, Kind, Spec
+from fastseq._stack import Array
+from fastseq.kernels.cpu.contract import CompiledCell
+from fastseq.kernels.numba.trace import Graph, Node, Value, definition, needed, trace
+
+MAX_GATES = 4  # products per unit that the kernels' tiles hold
+STATES = ("h", "c")
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Cell(Kind):
+    """A recurrent cell made by `fastseq.cell`; called, it is the function it was made of.
+
+    Attributes:
+        op: the function's name.
+        key: the name the library knows it by, a hash of what it computes in it.
+        arguments: the names of the function's arguments in their order.
+        planes: those that are pre-activations, in the kernels' order.
+        parameters: those that are per unit.
+    """
+
+    function: Callable
+    key: str
+    arguments: tuple[str, ...]
+    planes: tuple[str, ...]
+    parameters: tuple[str, ...]
+    graph: Graph
+    results: tuple[Node, ...]
+    _compiled: dict[str, CompiledCell] = field(default_factory=dict)
+    _lock: Any = field(default_factory=threading.Lock)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __repr__(self) -> str:
+        gates = f"{self.gates} gates" if self.gates > 1 else "1 gate"
+        return f"<fastseq.cell {self.op}({', '.join(self.arguments)}): {gates}>"
+
+    def cell(self, kernels: ModuleType, dtype: np.dtype) -> CompiledCell:
+        try:
+            from fastseq.kernels.numba.cell import Source, compiled
+        except ImportError as error:
+            text = f"the cell {self.op} needs Numba: pip install fastseq[numba]"
+            raise ImportError(text) from error
+        with self._lock:
+            if kernels.__name__ not in self._compiled:
+                split = len(self.planes) > self.gates
+                names = self.planes, split, self.parameters
+                source = Source(self.function, *names, self.has_c, self.graph, self.results)
+                options = kernels, dtype.name, self.recurrent
+                self._compiled[kernels.__name__] = compiled(source, *options)
+            return self._compiled[kernels.__name__]
+
+    def compile(self, dtype=np.float32) -> None:
+        """Compile now for arrays of dtype, rather than at the first call with them."""
+        dtype = np.dtype(dtype)
+        self.cell(_dispatch.kernels("recurrent", dtype), dtype)
+
+
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + exp(-x)), of NumPy arrays, and in functions given to `cell` or as a score_mod."""
+    if isinstance(x, Value):
+        return x.graph.apply("sigmoid", x)
+    e = np.exp(-np.abs(x))
+    return np.where(np.asarray(x) < 0, e / (1 + e), 1 / (1 + e))
+
+
+def relu(x: Any) -> Any:
+    """max(x, 0), with gradient 0 at 0; as `sigmoid`."""
+    return np.maximum(x, 0)
+
+
+def cell(
+    function: Callable | None = None,
+    *,
+    params: Sequence[str] = (),
+    split: Sequence[str] = (),
+    recurrent: bool = True,
+) -> Any:
+    """A recurrent cell of your own: write its element-wise part, the library does the rest.
+
+        a = W_ih x + b_ih + W_hh h + b_hh          one argument of the function per gate
+        h'[, c'] = function(a_1, ..., a_G, h[, c], params)      element by element
+
+    The function is traced once with symbols and compiled by Numba to a callback of the same scan
+    driver as the built-in cells: products, threads, lengths, resets, stacked layers and directions
+    are theirs. Its gradient is derived by reverse-mode differentiation of the trace.
+
+    Args:
+        function: of one argument per pre-activation, in the order of the rows of w_ih, and of the
+            states h and, if it has one, c, and of `params`, all by these names and in any order.
+            Arguments with a default keep it. It returns h', or (h', c'). It may use arithmetic and
+            comparisons, np.where, np.exp, np.tanh, np.maximum and their like, and `sigmoid` and
+            `relu` of fastseq.cells. Without it, `cell` is a decorator with the other arguments.
+        params: arguments that are parameters per unit: the rows of `scan`'s params, at most 8.
+        split: two arguments that are the last gate's W_ih x + b_ih and W_hh h + b_hh, apart, as
+            in a GRU, whose reset gate multiplies the second only.
+        recurrent: False: there is no w_hh; h is read by the function only.
+
+    Returns:
+        A `Cell`, for `scan`, `fastseq.torch.scan` and `fastseq.torch.nn.Recurrent`.
+
+    Raises:
+        TypeError: the function does what is not element-wise, or fails, or its arguments do not
+            fit; ValueError: it returns another number of values, or has more than 4 gates. The
+            message shows the line.
+
+    Accuracy: its arithmetic is done as written in the arrays' dtype; exp, tanh and sigmoid are the
+        library's own, to 4 ULP.
+    Cost: compiled at the first call per dtype, in seconds, and kept in ~/.cache/fastseq. A step
+        then costs what a built-in cell with as many gates costs, and its planes again in backward.
+    Equivalent to: a Python loop over time around `function`.
+    Source: reverse-mode differentiation: Griewank & Walther, Evaluating Derivatives, 2008.
+    """
+    if function is None:
+        return lambda f: cell(f, params=params, split=split, recurrent=recurrent)
+    arguments = _arguments(function)
+    planes = _planes(function, arguments, tuple(params), tuple(split), recurrent)
+    what = f"cell {function.__name__}"
+    has_c = "c" in arguments
+    graph, results = trace(what, function, arguments, 1 + has_c)
+    told = [
+        [(n.op, [a.index if isinstance(a, Node) else a for a in n.args]) for n in needed(results)],
+        [n.index for n in results],
+        [planes, tuple(params), tuple(split), recurrent],
+    ]
+    key = f"{function.__name__}_{hashlib.sha256(repr(told).encode()).hexdigest()[:8]}"
+    made = Cell(
+        op=function.__name__,
+        gates=len(planes) - bool(split),
+        has_c=has_c,
+        recurrent=recurrent,
+        params=len(params),
+        function=function,
+        key=key,
+        arguments=arguments,
+        planes=planes,
+        parameters=tuple(params),
+        graph=graph,
+        results=results,
+    )
+    KINDS[key] = KINDS.get(key, made)
+    return KINDS[key]
+
+
+def _arguments(function: Callable) -> tuple[str, ...]:
+    """The function's arguments without a default."""
+    found = inspect.signature(function).parameters.values()
+    given = [p for p in found if p.default is p.empty]
+    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in given):
+        names = ", ".join(map(str, given))
+        text = f"cell {function.__name__}: its arguments must have names and positions, got {names}"
+        raise TypeError(f"{text}\n{definition(function)}")
+    return tuple(p.name for p in given)
+
+
+def _planes(function, arguments, params, split, recurrent) -> tuple[str, ...]:
+    """The arguments that are pre-activations, in the kernels' order; what cannot be is refused."""
+    gates = tuple(n for n in arguments if n not in (*STATES, *params, *split))
+
+    def refuse(kind: type[Exception], text: str) -> None:
+        raise kind(f"cell {function.__name__}: {text}\n{definition(function)}")
+
+    for name in (*params, *split):
+        if name not in arguments or name in STATES:
+            refuse(TypeError, f"params and split must name its arguments other than h and c, got {name}")
+    if len({*params, *split}) != len(params) + len(split):
+        refuse(TypeError, f"params and split must be different names, got {params} and {split}")
+    if len(split) not in (0, 2):
+        refuse(TypeError, f"split must be two names, got {split}")
+    if split and not recurrent:
+        refuse(TypeError, "split must be empty where recurrent is False: there is no W_hh h")
+    if "h" not in arguments and not recurrent:
+        refuse(TypeError, "h must be among its arguments where recurrent is False")
+    count = len(gates) + bool(split)
+    if not 1 <= count <= MAX_GATES:
+        refuse(ValueError, f"it must have 1 to {MAX_GATES} gates, got {count}: {gates + split}")
+    most = _dispatch.kernels("recurrent", np.dtype(np.float32)).tile_layout()["max_params"]
+    if len(params) > most:
+        refuse(ValueError, f"it must have at most {most} params, got {len(params)}")
+    return (split[0], *gates, split[1]) if split else gates
+
+
+def scan(
+    cell: Cell,
+    x: Array,
+    w_ih: Array,
+    w_hh: Array | None = None,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    params: Array | None = None,
+    h0: Array | None = None,
+    c0: Array | None = None,
+    *,
+    lengths: Array | None = None,
+    resets: Array | None = None,
+    reverse: bool = False,
+    return_cell_states: bool = False,
+    clip_recurrent_grad: float | None = None,
+) -> tuple:
+    """A cell of your own over T steps.
+
+        a = W_ih x + b_ih + W_hh h + b_hh        h', c' = cell(a_1, ..., a_G, h, c, params)
+
+    Args:
+        cell: what `fastseq.cell` made, with G gates.
+        x: (T, B, I) float32 or float64, any strides; T >= 1.
+        w_ih: (G H, I), gates in the order of the cell's arguments.
+        w_hh: (G H, H), or None for a cell without it.
+        b_ih: (G H,), or None with b_hh: no biases.
+        b_hh: (G H,), or None for a cell without w_hh.
+        params: (N, H), the parameters per unit in the order of the cell's; None if it has none.
+        h0: (B, H), or None: zeros.
+        c0: (B, H), or None: zeros; only of a cell with c.
+        lengths: (B,) integers in 0..T, any order, or None: all T. Steps past a row's length are
+            not computed and give zeros; the reverse direction starts at each row's own end.
+        resets: (T, B) bool, or None. True sets row b's states to zero before step t.
+        reverse: run from the last step to the first; y keeps the order of x.
+        return_cell_states: give c of every step too.
+        clip_recurrent_grad: of `vjp`: what flows back from one step to the one before is limited
+            to [-clip_recurrent_grad, clip_recurrent_grad], element by element; None: it is not.
+
+    Returns:
+        y (T, B, H), or (y, c) with return_cell_states, and h_n (B, H), or (h_n, c_n).
+
+    Raises:
+        TypeError: cell is not a Cell; a dtype that is not x's, or not float32 or float64.
+        ValueError: a shape or length out of range; the message states both sides.
+        ImportError: Numba is not installed.
+
+    Accuracy: `cell`. The bits do not depend on the thread count or on the rest of the batch.
+    Cost: 2 G H (I + H) FLOP per active step and row; for backward G H values a step and row.
+    Equivalent to: `for t in range(T): h, c = cell(*(w_ih @ x[t] + ...), h, c, *params)`
+    Source: Graves, arXiv:1308.0850 (clip_recurrent_grad).
+    """
+    outputs, _ = _run(locals(), save=False)
+    return outputs
+
+
+def _run(given: dict, save: bool) -> tuple[tuple, tuple]:
+    """Outputs of scan's arguments, and what `scan_vjp` needs."""
+    cell, x = given["cell"], given["x"]
+    if not isinstance(cell, Cell):
+        raise TypeError(f"scan: cell must be made by fastseq.cell, got {type(cell).__name__}")
+    op, states = cell.op, bool(given["return_cell_states"])
+    if not cell.has_c and (states or given["c0"] is not None):
+        name = "return_cell_states" if states else "c0"
+        raise ValueError(f"{op}: {name} must not be given: the cell has no c")
+    spec, weights = _spec(cell, given)
+    h0, c0 = (_state(op, n, given[n]) for n in ("h0", "c0"))
+    options = given["lengths"], given["resets"]
+    y, h_n, c_n, c, reserve = _stack.forward(
+        spec, x, h0, c0, weights, *options, save=save, cell_states=states
+    )
+    last = (h_n[0], c_n[0]) if cell.has_c else h_n[0]
+    return ((y, c) if states else y, last), (spec, x, h0, c0, weights, *options, y, reserve)
+
+
+def _state(op: str, name: str, value: Array | None) -> Array | None:
+    """A state (B, H) as that of a stack of one layer."""
+    if value is None:
+        return None
+    _check.floats(op, name, _check.signature(value))
+    _check.rank(op, name, value.shape, "B, H")
+    return value[None]
+
+
+WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "params")
+
+
+def _spec(cell: Cell, given: dict) -> tuple[Spec, tuple]:
+    """The spec and the flat list of weights; arrays that do not belong to the cell are refused."""
+    bias = given["b_ih"] is not None
+    limit = given["clip_recurrent_grad"]
+    spec = Spec(cell.key, reverse=bool(given["reverse"]), bias=bias, limit=limit)
+    for name in WEIGHTS:
+        if (given[name] is not None) != (name in spec.names):
+            wanted = "given" if name in spec.names else "None"
+            raise ValueError(f"{cell.op}: {name} must be {wanted} for {cell} with bias={bias}")
+    return spec, tuple(given[name] for name in WEIGHTS if name in spec.names)
+
+
+def scan_vjp(given: dict) -> tuple[tuple, Callable]:
+    """Outputs of `scan` and their pullback, for `vjp`."""
+    outputs, kept = _run(given, save=True)
+    spec, states = kept[0], bool(given["return_cell_states"])
+
+    def pullback(gradients):
+        dy, last = gradients
+        dh_n, dc_n = (last or (None, None)) if spec.kind.has_c else (last, None)
+        dy, dc = (dy or (None, None)) if states else (dy, None)
+        dh_n, dc_n = _state(spec.op, "dh_n", dh_n), _state(spec.op, "dc_n", dc_n)
+        dx, dh0, dc0, dweights = _stack.backward(*kept, dy, dh_n, dc_n, dc)
+        found = dict(zip(spec.names, dweights, strict=True))
+        found |= {"x": dx, "h0": dh0[0], "c0": None if dc0 is None else dc0[0]}
+        names = ("x", *WEIGHTS, "h0", "c0")
+        return tuple(found[n] if given[n] is not None else None for n in names)
+
+    return outputs, pullback
