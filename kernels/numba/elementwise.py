@@ -74,19 +74,26 @@ def body(
     fetch(input) and put(result) give the pointer, of row r and block j, that it is at.
     """
     nodes = needed(results.values())
-    inputs = [node for node in nodes if node.op == "input"]
     levels = _levels(nodes, results.values())
     kept = _kept(nodes, levels, results.values())
+    inputs = [n for n in nodes if n.op == "input" and n in kept]
+    fetched = [(n, n.args[0]) for n in inputs]
+    fetched += [(n, n.args[0].args[0]) for n in nodes if _of_input(n)]
     lines = [f"a{n.index} = stack({tile.capacity}, ZERO)" for n in sorted(kept, key=_index)]
     lines += ["n = rows * blocks * LANES"]
     lines += _for_each_block(
-        [f"copy(shifted(a{n.index}, i), {fetch(n.args[0])}, LANES)" for n in inputs]
+        [f"copy(shifted(a{n.index}, i), {fetch(name)}, LANES)" for n, name in fetched]
     )
     for level in range(max(levels.values(), default=0) + 1):
-        lines += _level([n for n in nodes if levels[n] == level], kept, levels, tile)
+        lines += _level([n for n in nodes if levels[n] == level], kept, tile)
     return lines + _for_each_block(
         [f"copy({put(name)}, shifted(a{node.index}, i), LANES)" for name, node in results.items()]
     )
+
+
+def _of_input(node: Node) -> bool:
+    """Whether it is an array function of an input, which is then fetched to where it works."""
+    return node.op in ARRAY_FUNCTIONS and node.args[0].op == "input"
 
 
 def _index(node: Node) -> int:
@@ -112,31 +119,30 @@ def _levels(nodes: Sequence[Node], results: Iterable[Node]) -> dict[Node, int]:
     return latest
 
 
-def _kept(nodes, levels, results) -> set[Node]:
-    """The nodes that have an array: inputs, arguments of functions, what a later level reads."""
-    kept = {n for n in nodes if n.op == "input" or n.op in ARRAY_FUNCTIONS} | set(results)
+def _kept(nodes: Sequence[Node], levels: Mapping[Node, int], results: Iterable[Node]) -> set[Node]:
+    """The nodes that have an array: results, array functions, what is read at a later level."""
+    kept = {n for n in nodes if n.op in ARRAY_FUNCTIONS} | set(results)
     for node in nodes:
-        for a in node.operands:
-            if levels[a] < levels[node] and a.op != "constant":
-                kept.add(a)
+        if not _of_input(node):
+            later = (a for a in node.operands if levels[a] < levels[node] or a.op == "input")
+            kept.update(a for a in later if a.op != "constant")
     return kept
 
 
-def _level(nodes, kept, levels, tile) -> list[str]:
+def _level(nodes: Sequence[Node], kept: set[Node], tile: Tile) -> list[str]:
     """One loop over the elements, then the calls that end the level."""
     calls = [n for n in nodes if n.op in ARRAY_FUNCTIONS]
-    own = [n for n in nodes if n.op not in ("input", "constant", *ARRAY_FUNCTIONS)]
-    constants = [n for n in nodes if n.op == "constant" and n in kept]
-    read = {a for n in [*own, *calls] for a in n.operands if a not in own}
-    lines = [f"v{a.index} = a{a.index}[m]" for a in sorted(read, key=_index) if a.op != "constant"]
-    lines += [f"v{n.index} = {_expression(n)}" for n in own]
-    lines += [f"a{n.index}[m] = {_value(n)}" for n in [*own, *constants] if n in kept]
-    lines += [f"a{n.index}[m] = {_value(n.args[0])}" for n in calls]
-    if not any(n in kept for n in own) and not calls and not constants:
-        return []
+    computed = [n for n in nodes if n.op in OPS and n not in calls]
+    stored = [(n, n) for n in nodes if n in kept and (n in computed or n.op == "constant")]
+    stored += [(n, n.args[0]) for n in calls if not _of_input(n)]
+    read = {a for n in computed for a in n.operands} | {value for _, value in stored}
+    read = {n for n in read if n.op != "constant" and n not in computed}
+    lines = [f"v{n.index} = a{n.index}[m]" for n in sorted(read, key=_index)]
+    lines += [f"v{n.index} = {_expression(n)}" for n in computed]
+    lines += [f"a{n.index}[m] = {_value(value)}" for n, value in stored]
     head = ["for first in range(0, n, LANES):", INDENT + "for m in range(first, first + LANES):"]
     called = [f"call(table, {tile.functions[n.op]}, a{n.index}, n)" for n in calls]
-    return head + [2 * INDENT + line for line in lines] + called
+    return (head + [2 * INDENT + line for line in lines] if stored else []) + called
 
 
 def _value(node: Node) -> str:
