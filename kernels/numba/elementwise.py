@@ -140,9 +140,9 @@ def _level(nodes: Sequence[Node], kept: set[Node], tile: Tile) -> list[str]:
     lines = [f"v{n.index} = a{n.index}[m]" for n in sorted(read, key=_index)]
     lines += [f"v{n.index} = {_expression(n)}" for n in computed]
     lines += [f"a{n.index}[m] = {_value(value)}" for n, value in stored]
-    head = ["for first in range(0, n, LANES):", INDENT + "for m in range(first, first + LANES):"]
+    head = ["for m in range(n):"]
     called = [f"call(table, {tile.functions[n.op]}, a{n.index}, n)" for n in calls]
-    return (head + [2 * INDENT + line for line in lines] if stored else []) + called
+    return (head + [INDENT + line for line in lines] if stored else []) + called
 
 
 def _value(node: Node) -> str:
