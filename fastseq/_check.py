@@ -103,6 +103,17 @@ def number(op: str, name: str, value) -> float:
     return float(value)
 
 
+def limit(op: str, name: str, value) -> float | None:
+    """A number > 0, NumPy's included; None: no limit."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{op}: {name} must be a number > 0 or None, got {value!r}")
+    if not float(value) > 0:
+        raise ValueError(f"{op}: {name} must be > 0, got {value!r}")
+    return float(value)
+
+
 def resets(op: str, value, T: int, B: int) -> np.ndarray | None:
     """(T, B) bool."""
     if value is None:

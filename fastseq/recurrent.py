@@ -22,6 +22,10 @@ def _nonlinearity(op: str, given: dict) -> str:
     return _check.choice(op, "nonlinearity", given["nonlinearity"], ("tanh", "relu"))
 
 
+def _limit(op: str, value) -> float | None:
+    return _check.limit(op, "clip_recurrent_grad", value)
+
+
 def _one(op: str, name: str, value, letters: str):
     """A state (B, H) as that of a stack of one layer, a step (B, I) as a sequence of one."""
     if value is None and letters == "B, H":
@@ -31,10 +35,10 @@ def _one(op: str, name: str, value, letters: str):
     return value[None]
 
 
-def _run(cell: str, x, w, h0, c0=None, *, lengths, resets, reverse, cell_states=False):
+def _run(cell: str, x, w, h0, c0=None, *, lengths, resets, reverse, clip, cell_states=False):
     op = cell.split("_")[0]
     weights, bias = _weights(w, op)
-    spec = Spec(cell, reverse=bool(reverse), bias=bias)
+    spec = Spec(cell, reverse=bool(reverse), bias=bias, limit=_limit(op, clip))
     h0, c0 = _one(op, "h0", h0, "B, H"), _one(op, "c0", c0, "B, H")
     return _stack.forward(spec, x, h0, c0, weights, lengths, resets, cell_states=cell_states)
 
@@ -51,6 +55,7 @@ def rnn(
     lengths: Array | None = None,
     resets: Array | None = None,
     reverse: bool = False,
+    clip_recurrent_grad: float | None = None,
 ) -> tuple[Array, Array]:
     """Elman recurrent network over T steps.
 
@@ -68,24 +73,28 @@ def rnn(
             not computed and give zeros; the reverse direction starts at each row's own end.
         resets: (T, B) bool, or None. True sets row b's state to zero before step t.
         reverse: run from the last step to the first; y keeps the order of x.
+        clip_recurrent_grad: m > 0, or None: no limit. In `vjp` the gradient that flows from a step
+            back into the state before it, h0 too, becomes min(max(., -m), m), element by element;
+            what comes from outside, to y and h_n, is not limited.
 
     Returns:
         y (T, B, H), the state after every step, and h_n (B, H), each row's last state.
 
     Raises:
         TypeError: a dtype that is not x's, or not float32 or float64.
-        ValueError: a shape, length or nonlinearity out of range; the message states both sides.
+        ValueError: a shape, length, nonlinearity or limit out of range; the message states both.
 
     Accuracy: float32 within twice torch's own error against float64 (tests); tanh to 4 ULP.
         The bits do not depend on the thread count or on the other rows of the batch.
     Cost: 2 H (I + H) FLOP per active step and row; for backward only y is kept.
     Equivalent to: torch.nn.RNN(I, H, nonlinearity=nonlinearity)(x, h0[None])
-    Source: Elman, Finding structure in time, 1990; ReLU: Le, Jaitly & Hinton, arXiv:1504.00941.
+    Source: Elman, Finding structure in time, 1990; ReLU: Le, Jaitly & Hinton, arXiv:1504.00941;
+        clip_recurrent_grad: after Graves, arXiv:1308.0850, 2.1, who limits the gates' gradients.
     """
     _check.choice("rnn", "nonlinearity", nonlinearity, ("tanh", "relu"))
     y, h_n, _, _, _ = _run(
         f"rnn_{nonlinearity}", x, (w_ih, w_hh, b_ih, b_hh), h0,
-        lengths=lengths, resets=resets, reverse=reverse,
+        lengths=lengths, resets=resets, reverse=reverse, clip=clip_recurrent_grad,
     )  # fmt: skip
     return y, h_n[0]
 
@@ -101,6 +110,7 @@ def gru(
     lengths: Array | None = None,
     resets: Array | None = None,
     reverse: bool = False,
+    clip_recurrent_grad: float | None = None,
 ) -> tuple[Array, Array]:
     """Gated recurrent unit over T steps, reset gate after the product.
 
@@ -118,23 +128,28 @@ def gru(
             not computed and give zeros; the reverse direction starts at each row's own end.
         resets: (T, B) bool, or None. True sets row b's state to zero before step t.
         reverse: run from the last step to the first; y keeps the order of x.
+        clip_recurrent_grad: m > 0, or None: no limit. In `vjp` the gradient that flows from a step
+            back into the state before it, h0 too, becomes min(max(., -m), m), element by element;
+            what comes from outside, to y and h_n, is not limited.
 
     Returns:
         y (T, B, H), the state after every step, and h_n (B, H), each row's last state.
 
     Raises:
         TypeError: a dtype that is not x's, or not float32 or float64.
-        ValueError: a shape or length out of range; the message states both sides.
+        ValueError: a shape, length or limit out of range; the message states both sides.
 
     Accuracy: float32 within twice torch's own error against float64 (tests); tanh to 4 ULP,
         sigmoid to 3. The bits do not depend on the thread count or on the rest of the batch.
     Cost: 6 H (I + H) FLOP per active step and row; for backward 4 H values a step and row.
     Equivalent to: torch.nn.GRU(I, H)(x, h0[None])
-    Source: Cho et al., arXiv:1406.1078v1 (this form of the reset gate).
+    Source: Cho et al., arXiv:1406.1078v1 (this form of the reset gate); clip_recurrent_grad:
+        after Graves, arXiv:1308.0850, 2.1, who limits the gates' gradients.
     """
     y, h_n, _, _, _ = _run(
-        "gru", x, (w_ih, w_hh, b_ih, b_hh), h0, lengths=lengths, resets=resets, reverse=reverse
-    )
+        "gru", x, (w_ih, w_hh, b_ih, b_hh), h0,
+        lengths=lengths, resets=resets, reverse=reverse, clip=clip_recurrent_grad,
+    )  # fmt: skip
     return y, h_n[0]
 
 
@@ -151,6 +166,7 @@ def lstm(
     resets: Array | None = None,
     reverse: bool = False,
     return_cell_states: bool = False,
+    clip_recurrent_grad: float | None = None,
 ):
     """Long short-term memory over T steps.
 
@@ -170,6 +186,9 @@ def lstm(
         resets: (T, B) bool, or None. True sets row b's states to zero before step t.
         reverse: run from the last step to the first; y keeps the order of x.
         return_cell_states: also return the cell state of every step.
+        clip_recurrent_grad: m > 0, or None: no limit. In `vjp` the gradient that flows from a step
+            back into the states before it, h0 and c0 too, becomes min(max(., -m), m), element by
+            element; what comes from outside, to y, c, h_n and c_n, is not limited.
 
     Returns:
         y (T, B, H) and (h_n, c_n), each (B, H): each row's last states. With return_cell_states
@@ -177,17 +196,19 @@ def lstm(
 
     Raises:
         TypeError: a dtype that is not x's, or not float32 or float64.
-        ValueError: a shape or length out of range; the message states both sides.
+        ValueError: a shape, length or limit out of range; the message states both sides.
 
     Accuracy: float32 within twice torch's own error against float64 (tests); tanh to 4 ULP,
         sigmoid to 3. The bits do not depend on the thread count or on the rest of the batch.
     Cost: 8 H (I + H) FLOP per active step and row; for backward 5 H values a step and row.
     Equivalent to: torch.nn.LSTM(I, H)(x, (h0[None], c0[None]))
-    Source: Hochreiter & Schmidhuber 1997; forget gate: Gers, Schmidhuber & Cummins 2000.
+    Source: Hochreiter & Schmidhuber 1997; forget gate: Gers, Schmidhuber & Cummins 2000;
+        clip_recurrent_grad: after Graves, arXiv:1308.0850, 2.1, who limits the gates' gradients.
     """
     y, h_n, c_n, c, _ = _run(
         "lstm", x, (w_ih, w_hh, b_ih, b_hh), h0, c0,
-        lengths=lengths, resets=resets, reverse=reverse, cell_states=return_cell_states,
+        lengths=lengths, resets=resets, reverse=reverse, clip=clip_recurrent_grad,
+        cell_states=return_cell_states,
     )  # fmt: skip
     return ((y, c) if return_cell_states else y), (h_n[0], c_n[0])
 

@@ -125,7 +125,8 @@ def tbptt(
         chunk: steps of a chunk, K >= 1; the last one has what is left.
         grads: arrays like w_ih, w_hh, b_ih, b_hh (None is skipped), to which each pullback adds the
             gradients of the weights; None: they are only returned.
-        options: those of fn: nonlinearity, lengths, resets, return_cell_states; not reverse.
+        options: those of fn: nonlinearity, lengths, resets, return_cell_states,
+            clip_recurrent_grad; not reverse.
 
     Returns:
         An iterator over the chunks: y (K, B, H), as fn's first output; the state after it, h or
@@ -215,6 +216,7 @@ def gradient_flow(
     *,
     dy: Array | None = None,
     nonlinearity: str | None = None,
+    clip_recurrent_grad: float | None = None,
 ) -> Array:
     """How large the gradient of the loss is at every step: where it vanishes, where it explodes.
 
@@ -231,6 +233,7 @@ def gradient_flow(
         c0: (B, H), the LSTM's.
         dy: (T, B, H) the gradient of L at the outputs; None: L is the sum of the last step's.
         nonlinearity: the RNN's, "tanh" if None.
+        clip_recurrent_grad: as fn's: what comes from later steps is limited to it.
 
     Returns:
         (T,) float64: the Euclidean norm over batch and units. `plot_gradient_flow` draws it.
@@ -249,6 +252,7 @@ def gradient_flow(
         raise TypeError(
             f"gradient_flow: nonlinearity must be None for {fn.__name__}, got {nonlinearity!r}"
         )
+    limit = _check.limit("gradient_flow", "clip_recurrent_grad", clip_recurrent_grad)
     weights = (w_ih, w_hh, b_ih, b_hh)
     states: tuple = (h0, c0) if fn is recurrent.lstm else (h0,)
     pullbacks = []
@@ -256,7 +260,7 @@ def gradient_flow(
         out, pull = vjp(_CELLS[fn], x_t, *states, *weights, **options)
         states = out if fn is recurrent.lstm else (out,)
         pullbacks.append(pull)
-    return _rewind(pullbacks, states, _loss_gradient(dy, x, states[0]))
+    return _rewind(pullbacks, states, _loss_gradient(dy, x, states[0]), limit)
 
 
 def _loss_gradient(dy, x: Array, h: Array | None) -> Array:
@@ -270,7 +274,7 @@ def _loss_gradient(dy, x: Array, h: Array | None) -> Array:
     return dy
 
 
-def _rewind(pullbacks: list, states: tuple, dy: Array) -> Array:
+def _rewind(pullbacks: list, states: tuple, dy: Array, limit: float | None) -> Array:
     """The norms, from the last step to the first."""
     norms = np.empty(len(pullbacks))
     rest: tuple = (None,) * len(states)  # the gradients that come from later steps
@@ -279,4 +283,6 @@ def _rewind(pullbacks: list, states: tuple, dy: Array) -> Array:
         norms[t] = np.linalg.norm(dh.astype(np.float64))
         given = dh if len(states) == 1 else (dh, rest[1])
         rest = pullbacks[t](given)[1 : 1 + len(states)]
+        if limit is not None:
+            rest = tuple(None if d is None else np.clip(d, -limit, limit) for d in rest)
     return norms

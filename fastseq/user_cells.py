@@ -286,7 +286,7 @@ WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "params")
 def _spec(cell: Cell, given: dict) -> tuple[Spec, tuple]:
     """The spec and the flat list of weights; arrays that do not belong to the cell are refused."""
     bias = given["b_ih"] is not None
-    limit = given["clip_recurrent_grad"]
+    limit = _check.limit(cell.op, "clip_recurrent_grad", given["clip_recurrent_grad"])
     spec = Spec(cell.key, reverse=bool(given["reverse"]), bias=bias, limit=limit)
     for name in WEIGHTS:
         if (given[name] is not None) != (name in spec.names):

@@ -23,7 +23,8 @@ def _recurrent(fn: Callable, given: dict) -> tuple[tuple, Callable]:
     h, c = ("h", "c") if step else ("h0", "c0")
     weights, bias = recurrent._weights(tuple(given[n] for n in _WEIGHTS), fn.__name__)
     cell = f"rnn_{recurrent._nonlinearity(fn.__name__, given)}" if op == "rnn" else op
-    spec = Spec(cell, reverse=bool(given.get("reverse")), bias=bias, step=step)
+    limit = recurrent._limit(op, given.get("clip_recurrent_grad"))
+    spec = Spec(cell, reverse=bool(given.get("reverse")), bias=bias, step=step, limit=limit)
     x = recurrent._one(fn.__name__, "x", given["x"], "B, I") if step else given["x"]
     h0, c0 = (recurrent._one(fn.__name__, n, given.get(n), "B, H") for n in (h, c))
     options = (given.get("lengths"), given.get("resets"))

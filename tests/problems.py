@@ -58,7 +58,8 @@ class Problem(Drawn):
     """One layer in one direction, its arrays drawn at random, always the same for the same fields.
 
     bias, initial: whether b_ih, b_hh and h0, c0 are given; P > 0: an LSTM's projection; ragged:
-    lengths 1, T, 0 and then random; resets: a mask, True for a quarter of the steps.
+    lengths 1, T, 0 and then random; resets: a mask, True for a quarter of the steps; clip:
+    clip_recurrent_grad, of which 0.3 limits some elements and not others.
     The arrays are read-only and of the problem's dtype; a judge casts these same values to its own.
     """
 
@@ -74,6 +75,7 @@ class Problem(Drawn):
     ragged: bool = False
     resets: bool = False
     reverse: bool = False
+    clip: float | None = None
 
     def __str__(self):
         short = {"float64": "f64", "float32": "f32"}.get(self.dtype, self.dtype)
@@ -85,6 +87,7 @@ class Problem(Drawn):
             "ragged": self.ragged,
             "resets": self.resets,
             "reverse": self.reverse,
+            f"clip{self.clip}": self.clip,
         }
         return "-".join([size, short, *(name for name, on in flags.items() if on)])
 
@@ -125,6 +128,8 @@ class Problem(Drawn):
             )
         if self.resets:
             options["resets"] = rng.random((self.T, self.B)) < 0.25
+        if self.clip:
+            options["clip_recurrent_grad"] = self.clip
         if self.function == "rnn":
             options["nonlinearity"] = self.cell.removeprefix("rnn_")
         return options
@@ -179,7 +184,7 @@ def solve_torch(problem, dtype=None):
 
     The operators are those that torch.nn's modules call. They know no reverse, no lengths (unless
     packed), no resets and no cell states of every step: rows are flipped, cut and put together by
-    hand here, the LSTM always in pieces of one step.
+    hand here, the LSTM always in pieces of one step, as all are with clip_recurrent_grad.
     """
     import torch
 
@@ -216,6 +221,15 @@ def _torch_outputs(problem, leaves):
     return {name: torch.cat([r[name] for r in results], dim=-2) for name in results[0]}
 
 
+def _limited(state, clip):
+    """The state as the next step takes it, whose gradient is limited on the way back."""
+    if clip is None:
+        return state
+    state = state.view_as(state)
+    state.register_hook(lambda d: d.clamp(-clip, clip))
+    return state
+
+
 def _torch_rows(problem, leaves, rows, length, reset):
     """The outputs of n rows of the same length and resets: y, c (T, n, .), h_n, c_n (n, .)."""
     import torch
@@ -233,9 +247,10 @@ def _torch_rows(problem, leaves, rows, length, reset):
     if problem.options["reverse"]:
         x, reset = x.flip(0), reset[::-1]
     pieces = [[x.new_zeros(0, *s.shape)] for s in state]  # of y, and of c
-    starts = [t for t in range(length) if lstm or t == 0 or reset[t]]
+    clip = problem.options.get("clip_recurrent_grad")
+    starts = [t for t in range(length) if lstm or clip or t == 0 or reset[t]]
     for start, stop in pairwise([*starts, length]):
-        hx = [(torch.zeros_like(s) if reset[start] else s)[None] for s in state]
+        hx = [(torch.zeros_like(s) if reset[start] else _limited(s, clip))[None] for s in state]
         y, *hx = getattr(torch, problem.cell)(
             x[start:stop], hx if lstm else hx[0], params=weights, **settings
         )

@@ -60,6 +60,19 @@ SCAN_ERRORS = [
     ("resets", zeros(B, T, dtype=bool), ValueError, "resets must be (T, B) = (5, 2), got (2, 5)"),
     ("resets", zeros(T, dtype=bool), ValueError, "resets must be (T, B) = (5, 2), got (5,)"),
 ]
+SCAN_ERRORS += [
+    ("clip_recurrent_grad", limit, ValueError, f"clip_recurrent_grad must be > 0, got {limit!r}")
+    for limit in (0, 0.0, -1.5, np.nan, -np.inf)
+]
+SCAN_ERRORS += [
+    (
+        "clip_recurrent_grad",
+        limit,
+        TypeError,
+        f"clip_recurrent_grad must be a number > 0 or None, got {limit!r}",
+    )
+    for limit in ("1", [1.0], True, 1j, np.ones(1))
+]
 CELL_ERRORS = [
     ("x", zeros(I), ValueError, "x must be (B, I), 2 axes, got shape (3,)"),
     ("x", zeros(T, B, I), ValueError, "x must be (B, I), 2 axes, got shape (5, 2, 3)"),

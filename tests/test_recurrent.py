@@ -30,6 +30,10 @@ SCANS = [
     Problem(cell, B=11, H=19, dtype=dtype, ragged=ragged, resets=resets, reverse=reverse)
     for cell, dtype, ragged, resets, reverse in product(CELLS, DTYPES, BOOL, BOOL, BOOL)
 ]
+CLIPPED = [
+    Problem(cell, B=11, H=19, dtype=dtype, ragged=masks, resets=masks, reverse=reverse, clip=0.3)
+    for cell, dtype, masks, reverse in product(CELLS, DTYPES, BOOL, BOOL)
+]
 # Sums longer than any block of k and than a block of rows (t, b), where one chain of additions
 # would lose more than torch does; more rows than are projected at once.
 LARGE = [
@@ -84,7 +88,7 @@ def test_forward_error(problem):
     assert_all_close(forward(fastseq, problem), ref.outputs, peer and peer.outputs)
 
 
-@pytest.mark.parametrize("problem", ARGUMENTS + SCANS + LARGE, ids=str)
+@pytest.mark.parametrize("problem", ARGUMENTS + SCANS + CLIPPED + LARGE, ids=str)
 def test_gradient_error(problem):
     ours, (ref, peer) = solve(problem), judge_once(problem)
     assert ours.grads.keys() == problem.inputs.keys()
@@ -149,6 +153,45 @@ def test_gradcheck(problem):
 
     leaves = [torch.tensor(a, requires_grad=True) for a in problem.inputs.values()]
     assert torch.autograd.gradcheck(Kernels.apply, leaves, fast_mode=False)
+
+
+def limited(problem, limit):
+    return problem.having(options={"clip_recurrent_grad": limit})
+
+
+@problems(H=19)
+def test_clip_changes_no_output_and_an_infinite_one_nothing(problem):
+    free, clipped = solve(problem), solve(limited(problem, 0.1))
+    assert_same_bits(clipped.outputs, free.outputs)
+    assert_same_bits(forward(fastseq, limited(problem, 0.1)), free.outputs)
+    assert_same_bits(solve(limited(problem, np.inf)).grads, free.grads)
+    assert_solved(limited(problem, 1e9))  # by the other path, which limits nothing
+
+
+@pytest.mark.parametrize("limit", [1, 0.1, np.float32(0.1)], ids=repr)
+@problems(H=19)
+def test_clip_bounds_what_reaches_the_initial_states(problem, limit):
+    grads = solve(limited(problem, limit)).grads
+    assert max(np.abs(grads[k]).max() for k in ("h0", "c0") if k in grads) <= limit
+    assert_solved(limited(problem, limit))
+
+
+@problems(T=1, H=19)
+def test_clip_leaves_what_comes_from_outside(problem):
+    """Into a single step nothing flows from one after it."""
+    free, clipped = solve(problem), solve(limited(problem, 1e-3))
+    weights = [k for k in free.grads if k not in ("h0", "c0")]
+    assert_same_bits(*({k: r.grads[k] for k in weights} for r in (clipped, free)))
+    assert np.abs(free.grads["h0"]).max() > 1e-3 >= np.abs(clipped.grads["h0"]).max()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_clip_keeps_nan_and_limits_infinity(cell, value):
+    problem = Problem(cell, B=5, H=19, clip=0.3)
+    dy = problem.cotangents["dy"].copy()
+    dy[4, 1, 3] = value
+    assert_solved(problem.having(cotangents={"dy": dy}))
 
 
 # Edges

@@ -15,6 +15,7 @@ from fastseq import _dispatch, _stack
 BOOL = (False, True)
 DTYPES = ("float32", "float64")
 MASKS = {"ragged": True, "resets": True}
+CLIPPED = MASKS | {"clip": 0.3}
 STATES = ("h0", "c0")
 
 
@@ -41,7 +42,7 @@ def of_row(arrays, b):
 # Time split
 
 
-@pytest.mark.parametrize("masks", [{}, MASKS], ids=["full", "masks"])
+@pytest.mark.parametrize("masks", [{}, MASKS, CLIPPED], ids=["full", "masks", "clip"])
 @pytest.mark.parametrize("reverse", BOOL, ids=["forward", "reverse"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
@@ -98,7 +99,9 @@ REGIMES = {
 }
 
 
-@pytest.mark.parametrize("masks", [{}, MASKS | {"reverse": True}], ids=["full", "masks"])
+@pytest.mark.parametrize(
+    "masks", [{}, MASKS | {"reverse": True}, CLIPPED], ids=["full", "masks", "clip"]
+)
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
@@ -117,7 +120,7 @@ def test_threads_agree(cell, dtype, regime, masks, monkeypatch):
 # Batch neighbours
 
 
-@pytest.mark.parametrize("masks", [{}, MASKS], ids=["full", "masks"])
+@pytest.mark.parametrize("masks", [{}, MASKS, CLIPPED], ids=["full", "masks", "clip"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_batch_neighbours_do_not_matter(cell, dtype, masks):

@@ -50,9 +50,8 @@ class Stack:
     @property
     def spec(self):
         p = self.first
-        return _stack.Spec(
-            p.cell, self.layers, self.bidirectional, p.reverse, bias=p.bias, proj=p.P > 0
-        )
+        shape = (self.layers, self.bidirectional, p.reverse)
+        return _stack.Spec(p.cell, *shape, bias=p.bias, proj=p.P > 0, limit=p.clip)
 
     @property
     def weights(self):
@@ -140,7 +139,7 @@ STACKS = [
     Stack(Problem(cell, B=5, H=19, dtype=dtype, **masks), layers, bidirectional)
     for cell in CELLS
     for dtype in ("float32", "float64")
-    for masks in ({}, MASKS)
+    for masks in ({}, MASKS, MASKS | {"clip": 0.3})
     for layers, bidirectional in ((1, True), (2, False), (2, True))
 ]
 PROJECTED = [

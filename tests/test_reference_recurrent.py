@@ -22,6 +22,11 @@ PROJECTIONS = [
     Problem("lstm", B=5, P=3, ragged=ragged, resets=ragged, reverse=reverse, bias=reverse)
     for ragged, reverse in product(BOOL, BOOL)
 ]
+CLIPPED = [
+    Problem(cell, B=5, ragged=masks, resets=masks, reverse=reverse, clip=0.3)
+    for cell, masks, reverse in product(CELLS, BOOL, BOOL)
+]
+CLIPPED += [Problem("lstm", B=5, P=3, ragged=True, resets=True, clip=0.3)]
 EDGES = [
     *(Problem(cell, T=1, B=1, I=1, H=1) for cell in CELLS),
     Problem("gru", T=13, B=1, I=2, H=17),
@@ -40,7 +45,7 @@ def assert_identical(ours, expected):
 # Against torch
 
 
-@pytest.mark.parametrize("problem", SCANS + ARGUMENTS + PROJECTIONS + EDGES, ids=str)
+@pytest.mark.parametrize("problem", SCANS + ARGUMENTS + PROJECTIONS + CLIPPED + EDGES, ids=str)
 def test_matches_torch(problem):
     ours, judge = solve_reference(problem), solve_torch(problem)
     assert_all_close(ours.outputs, judge.outputs)

@@ -56,7 +56,8 @@ pytestmark = ignore_onednn
 def pair(name, options, dtype=torch.float64, size=(I, H)):
     """Our module and torch's with the same parameters."""
     ours = getattr(fnn, name)(*size, **options, dtype=dtype)
-    theirs = getattr(torch.nn, name)(*size, **options, dtype=dtype)
+    known = {k: v for k, v in options.items() if k != "clip_recurrent_grad"}
+    theirs = getattr(torch.nn, name)(*size, **known, dtype=dtype)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -133,6 +134,53 @@ def test_packed_sequences(name, options, enforce_sorted, given):
     for mine, other in zip(a[2:], b[2:], strict=True):
         assert mine is other is None or torch.equal(mine, other)
     assert torch.equal(pad_packed_sequence(a)[1], pad_packed_sequence(b)[1])
+
+
+@every_case
+def test_clip_recurrent_grad(name, options):
+    """That of every layer; with an infinite limit, or where nothing flows back, torch's results."""
+    ours, theirs = pair(name, options | {"clip_recurrent_grad": float("inf")})
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    assert_same(ours, theirs, x.transpose(0, 1) if ours.batch_first else x)
+    ours, theirs = pair(name, options | {"clip_recurrent_grad": 1e-3})
+    one = (1, B, I) if not ours.batch_first else (B, 1, I)
+    assert_same(ours, theirs, torch.randn(one, dtype=torch.float64))
+    hx = [s.requires_grad_() for s in flat(hx_for(ours, name, (B,)))]
+    y, _ = ours(x.transpose(0, 1) if ours.batch_first else x, hx if name == "LSTM" else hx[0])
+    for d in torch.autograd.grad(1000 * y.sum(), hx):
+        assert d.abs().amax().item() == 1e-3
+
+
+@every_kind
+def test_clip_recurrent_grad_of_padded_and_packed_rows_is_the_same(name, options):
+    module = getattr(fnn, name)(I, H, 2, **options, bidirectional=True, clip_recurrent_grad=1e-3)
+    module.double()
+    packed = ragged()
+    x, lengths = pad_packed_sequence(packed)
+    y, _ = pad_packed_sequence(module(packed)[0])
+    together = torch.autograd.grad(y.sum(), list(module.parameters()))
+    rows = [module(x[:n, b : b + 1])[0].sum() for b, n in enumerate(lengths)]
+    alone = torch.autograd.grad(sum(rows), list(module.parameters()))
+    for a, b in zip(together, alone, strict=True):
+        assert_close(a, b, grad=True)
+
+
+@every_kind
+def test_clip_recurrent_grad_is_kept_and_shown(name, options):
+    module = getattr(fnn, name)(I, H, 2, **options, dropout=0.5, clip_recurrent_grad=1e-3)
+    copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    for one in (module, *copies):
+        assert one.clip_recurrent_grad == 1e-3
+        assert repr(one).endswith("clip_recurrent_grad=0.001)")
+        h0 = [s.float().requires_grad_() for s in flat(hx_for(one, name, (B,)))]
+        y, _ = one(torch.randn(T, B, I), h0 if name == "LSTM" else h0[0])
+        assert torch.autograd.grad(1e6 * y.sum(), h0)[0].abs().amax() == h0[0].new_tensor(1e-3)
+    assert "clip" not in repr(getattr(fnn, name)(I, H, **options))
+    for limit, error in ((0, ValueError), (-1.0, ValueError), (float("nan"), ValueError)):
+        with pytest.raises(error, match=f"^{name}: clip_recurrent_grad must be > 0, got {limit}$"):
+            getattr(fnn, name)(I, H, **options, clip_recurrent_grad=limit)
+    with pytest.raises(TypeError, match=f"^{name}: clip_recurrent_grad must be a number > 0"):
+        getattr(fnn, name)(I, H, **options, clip_recurrent_grad="1")
 
 
 @every_kind

@@ -24,6 +24,7 @@ GRADIENT_FLAGS = {
     "reverse": {"reverse": True},
     "all": {"ragged": True, "resets": True, "reverse": True},
 }
+CLIPPED = {"ragged": True, "resets": True, "clip": 0.3}  # its gradients are not the function's
 
 
 def leaves_of(problem, requires_grad=True):
@@ -45,7 +46,9 @@ def solve_fastseq(problem):
     return outputs, dict(zip(leaves, grads, strict=True))
 
 
-def operator_arguments(cell, *, num_layers=2, bidirectional=True, P=0, requires_grad=True):
+def operator_arguments(
+    cell, *, num_layers=2, bidirectional=True, P=0, requires_grad=True, save=True, clip=None
+):
     """Arguments of torch.ops.fastseq.<cell> with every optional tensor given."""
     generator = torch.Generator().manual_seed(0)
     module = torch.nn.RNNBase(
@@ -68,11 +71,14 @@ def operator_arguments(cell, *, num_layers=2, bidirectional=True, P=0, requires_
         bidirectional,
         False,
         cell == "lstm",
-        True,
+        save,
+        clip,
     )
 
 
-@pytest.mark.parametrize("flags", GRADIENT_FLAGS.values(), ids=GRADIENT_FLAGS)
+@pytest.mark.parametrize(
+    "flags", [*GRADIENT_FLAGS.values(), CLIPPED], ids=[*GRADIENT_FLAGS, "clip"]
+)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_values_and_gradients_meet_the_reference(cell, dtype, flags):
@@ -148,38 +154,41 @@ def test_cells_are_one_step(problem):
     assert_close(h, solve_reference(problem).outputs["h_n"])
 
 
-@pytest.mark.parametrize("case", ["stack", "single", "projection"])
+@pytest.mark.parametrize("case", ["stack", "single", "projection", "clip"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck(cell, case, monkeypatch):
     # it compares the reserves of two calls, whose steps past a row's length are never written
     monkeypatch.setattr(np, "empty", np.zeros)
     if case == "projection" and cell != "lstm":
         pytest.skip("a projection is the LSTM's")
-    options = {"stack": {}, "single": {"num_layers": 1, "bidirectional": False}}
-    args = operator_arguments(cell, **options.get(case, {"P": 2}))
+    single = {"num_layers": 1, "bidirectional": False}
+    options = {"stack": {}, "single": single, "projection": {"P": 2}, "clip": {"clip": 0.3}}
+    args = operator_arguments(cell, **options[case])
     torch.library.opcheck(getattr(torch.ops.fastseq, cell).default, args)
 
 
+@pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("needs", [(1, 1, 1, 1), (0, 0, 0, 1), (1, 0, 0, 0)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_opcheck_of_backward(cell, needs):
+def test_opcheck_of_backward(cell, needs, clip):
     needs = [bool(n) and not (i == 2 and cell != "lstm") for i, n in enumerate(needs)]
     operator = getattr(torch.ops.fastseq, f"{cell}_bwd").default
     for requires_grad in (False, True):
-        args = operator_arguments(cell, requires_grad=requires_grad)
+        args = operator_arguments(cell, requires_grad=requires_grad, clip=clip)
         y, h_n, c_n, c, reserve = getattr(torch.ops.fastseq, cell)(*args)
         grads = [torch.ones_like(t) if t.numel() else None for t in (y, h_n, c_n, c)]
-        args = (*args[:6], y.detach(), reserve, *grads, *args[6:9], needs)
+        args = (*args[:6], y.detach(), reserve, *grads, *args[6:9], needs, clip)
         tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
         if not requires_grad:  # it would differentiate the backward, which refuses
             tests.append("test_aot_dispatch_dynamic")
         torch.library.opcheck(operator, args, test_utils=tests)
 
 
+@pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("cell", CELLS)
-def test_operator_equals_the_direct_path(cell):
-    args = operator_arguments(cell)
-    spec = ops.Spec(cell, num_layers=2, bidirectional=True)
+def test_operator_equals_the_direct_path(cell, clip):
+    args = operator_arguments(cell, clip=clip)
+    spec = ops.Spec(cell, num_layers=2, bidirectional=True, limit=clip)
     tensors = [t for t in (*args[:3], *args[3]) if t is not None]
 
     def gradients(y, h_n, c_n, c):
@@ -194,9 +203,12 @@ def test_operator_equals_the_direct_path(cell):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("clip", [None, 0.3])
 @problems(T=6, B=3, ragged=True, resets=True)
-def test_compile_fullgraph(problem, dynamic):
+def test_compile_fullgraph(problem, clip, dynamic):
     torch._dynamo.reset()
+    if clip:
+        problem = problem.having(options={"clip_recurrent_grad": clip})
     compiled = torch.compile(
         lambda inputs: forward(problem, inputs),
         fullgraph=True,
@@ -248,14 +260,14 @@ def test_inference_keeps_nothing(problem, mode, monkeypatch):
         outputs = forward(problem, leaves_of(problem))
     assert seen == [(False, None)]
     assert not any(a.requires_grad for a in outputs.values())
-    args = operator_arguments(problem.cell, requires_grad=False)[:-1]
-    assert getattr(torch.ops.fastseq, problem.cell)(*args, False)[4].numel() == 0
+    args = operator_arguments(problem.cell, requires_grad=False, save=False)
+    assert getattr(torch.ops.fastseq, problem.cell)(*args)[4].numel() == 0
 
 
 @problems(T=3)
 def test_gradient_without_save_is_an_error(problem):
-    args = operator_arguments(problem.cell)[:-1]
-    y = getattr(torch.ops.fastseq, problem.cell)(*args, False)[0]
+    args = operator_arguments(problem.cell, save=False)
+    y = getattr(torch.ops.fastseq, problem.cell)(*args)[0]
     with pytest.raises(RuntimeError, match="save=True"):
         y.sum().backward()
 
@@ -290,6 +302,12 @@ def test_argument_errors():
         ft.rnn(x.numpy(), w, torch.zeros(5, 5))
     with pytest.raises(TypeError, match="on meta"):
         ft.rnn(x, w.to("meta"), torch.zeros(5, 5))
+    for limit, error in ((0, ValueError), (float("nan"), ValueError), (torch.ones(1), TypeError)):
+        message = re.escape("must be > 0" if error is ValueError else "must be a number > 0")
+        with pytest.raises(error, match=f"^rnn: clip_recurrent_grad {message}.*, got "):
+            ft.rnn(x, w, torch.zeros(5, 5), clip_recurrent_grad=limit)
+    with pytest.raises(ValueError, match=r"^gru: clip_recurrent_grad must be > 0, got -0\.3$"):
+        torch.ops.fastseq.gru(*operator_arguments("gru", clip=-0.3))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -405,16 +405,18 @@ def test_weights_may_change_between_chunks(rng):
     same_bits([y], [fastseq.rnn(x[6:], **second, h0=h, **options)[0]])
 
 
+@pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("last_only", [True, False])
 @pytest.mark.parametrize("cell", CELLS)
-def test_gradient_flow_is_the_reference(cell, last_only, rng):
+def test_gradient_flow_is_the_reference(cell, last_only, clip, rng):
     x, weights, states, dy = problem(cell, rng)
     given = None if last_only else dy
     if last_only:
         dy = np.zeros_like(dy)
         dy[-1] = 1
-    norms = fastseq.gradient_flow(getattr(fastseq, cell), x, **weights, **states, dy=given)
-    assert_close(norms, reference.gradient_flow(cell, x, weights, states, dy))
+    clip = {"clip_recurrent_grad": clip}
+    norms = fastseq.gradient_flow(getattr(fastseq, cell), x, **weights, **states, dy=given, **clip)
+    assert_close(norms, reference.gradient_flow(cell, x, weights, states, dy, **clip))
 
 
 def test_gradient_flow_vanishes_and_explodes():
@@ -465,6 +467,8 @@ LOOP_ERRORS = [
      "dy must be (T, B, H) = (2, 1, 4), got (2, 1, 3)"),
     ("gradient_flow", (fastseq.gru, *RNN), {"nonlinearity": "relu"}, TypeError,
      "nonlinearity must be None for gru, got 'relu'"),
+    ("gradient_flow", (fastseq.gru, *RNN), {"clip_recurrent_grad": -1}, ValueError,
+     "clip_recurrent_grad must be > 0, got -1"),
 ]  # fmt: skip
 
 

@@ -85,6 +85,7 @@ def scan(function, H, dtype, T=3, masks=False):
     x, w, b = (torch.zeros(s, dtype=dtype) for s in ((T, 20, H), (G * H, H), (G * H,)))
     given = {"resets": torch.zeros(T, 20, dtype=torch.bool)} if masks else {}
     given |= {"lengths": torch.ones(20, dtype=torch.int64), "reverse": True} if masks else {}
+    given |= {"clip_recurrent_grad": 0.5} if masks else {}
     given |= {"return_cell_states": True} if function == "lstm" else {}
     leaves = [a.requires_grad_() for a in (x, w, w.clone(), b, b.clone())]
     y, _ = getattr(fst, function)(*leaves, **given)

@@ -14,6 +14,8 @@ over time are the same for all. Letters: T steps, B batch, I input size, H hidde
                    not read, dx is zero. h_n, c_n are the row's own last state; h0, c0 if length 0.
     resets (T, B)  True: the state of row b is zero before step t is computed, in scan order.
     reverse        t runs downward, for each row from its own end; y stays in the order of x.
+    clip_recurrent_grad   m: what flows from a step into the state before it, h0 and c0 too, is
+                   limited: dh_{t-1}, dc_{t-1} = min(max(., -m), m) (+ what comes from outside).
 
 Biases, h0 and c0 may be None (zeros). Any float dtype; everything is computed in that of x.
 `<name>_vjp` takes the arguments of `<name>` and the gradients of its outputs (None: zeros), and
@@ -178,6 +180,11 @@ def _schedule(T, B, lengths, resets, reverse):
         yield t, np.flatnonzero(active), np.flatnonzero(reset)
 
 
+def _limited(d, limit):
+    """min(max(d, -limit), limit); NaN stays NaN."""
+    return d if limit is None else np.clip(d, -limit, limit)
+
+
 def _or_zeros(given, shape, dtype):
     return np.zeros(shape, dtype) if given is None else np.array(given, dtype)
 
@@ -199,7 +206,10 @@ def _scan_fwd(cell, w, x, h0=None, c0=None, lengths=None, resets=None, reverse=F
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def _scan_bwd(cell, w, x, h0=None, c0=None, *, dy=None, dc=None, dh_n=None, dc_n=None, **scan):
+def _scan_bwd(
+    cell, w, x, h0=None, c0=None, *,
+    dy=None, dc=None, dh_n=None, dc_n=None, clip_recurrent_grad=None, **scan,
+):  # fmt: skip
     """Backpropagation through time: {argument: gradient} of the arrays that are not None."""
     y, cs, h_n, c_n, tape = _scan_fwd(cell, w, x, h0, c0, **scan)
     dy, dcs = _or_zeros(dy, y.shape, x.dtype), _or_zeros(dc, cs.shape, x.dtype)
@@ -209,7 +219,8 @@ def _scan_bwd(cell, w, x, h0=None, c0=None, *, dy=None, dc=None, dh_n=None, dc_n
     for t, rows, reset, saved in reversed(tape):
         dh[rows] += dy[t, rows]
         dc[rows] += dcs[t, rows]
-        dx[t, rows], dh[rows], dc[rows] = _step_bwd(cell, w, dw, dh[rows], dc[rows], saved)
+        dx[t, rows], *flow = _step_bwd(cell, w, dw, dh[rows], dc[rows], saved)
+        dh[rows], dc[rows] = (_limited(d, clip_recurrent_grad) for d in flow)
         dh[reset] = dc[reset] = 0
     initial = {"h0": (h0, dh), "c0": (c0, dc)}
     return {"x": dx} | dw | {name: d for name, (a, d) in initial.items() if a is not None}
@@ -227,6 +238,7 @@ def rnn(
     lengths=None,
     resets=None,
     reverse=False,
+    clip_recurrent_grad=None,
 ):
     """h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or max(., 0) for "relu". Returns y, h_n."""
     w = Weights(w_ih, w_hh, b_ih, b_hh)
@@ -235,11 +247,23 @@ def rnn(
 
 
 def rnn_vjp(x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, *, nonlinearity="tanh", **scan):
-    """Gradients of sum(dy * y) + sum(dh_n * h_n); scan: lengths, resets, reverse, dy, dh_n."""
+    """Gradients of sum(dy * y) + sum(dh_n * h_n); scan: `rnn`'s options, dy, dh_n."""
     return _scan_bwd(_RNN[nonlinearity], Weights(w_ih, w_hh, b_ih, b_hh), x, h0, **scan)
 
 
-def gru(x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, *, lengths=None, resets=None, reverse=False):
+def gru(
+    x,
+    w_ih,
+    w_hh,
+    b_ih=None,
+    b_hh=None,
+    h0=None,
+    *,
+    lengths=None,
+    resets=None,
+    reverse=False,
+    clip_recurrent_grad=None,
+):
     """The gated recurrent unit, reset after the product; gates r|z|n. Returns y, h_n.
 
     r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)    n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
@@ -251,7 +275,7 @@ def gru(x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, *, lengths=None, resets=No
 
 
 def gru_vjp(x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, **scan):
-    """Gradients of sum(dy * y) + sum(dh_n * h_n); scan: lengths, resets, reverse, dy, dh_n."""
+    """Gradients of sum(dy * y) + sum(dh_n * h_n); scan: `rnn`'s options, dy, dh_n."""
     return _scan_bwd(_GRU, Weights(w_ih, w_hh, b_ih, b_hh), x, h0, **scan)
 
 
@@ -269,6 +293,7 @@ def lstm(
     resets=None,
     reverse=False,
     return_cell_states=False,
+    clip_recurrent_grad=None,
 ):
     """Long short-term memory; gates i|f|g|o. Returns y, (h_n, c_n) or (y, c), (h_n, c_n).
 
@@ -284,7 +309,7 @@ def lstm(
 def lstm_vjp(x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, c0=None, *, w_hr=None, **scan):
     """Gradients of sum(dy * y) + sum(dc * c) + sum(dh_n * h_n) + sum(dc_n * c_n).
 
-    scan: lengths, resets, reverse, dy, dc, dh_n, dc_n.
+    scan: lengths, resets, reverse, clip_recurrent_grad, dy, dc, dh_n, dc_n.
     """
     return _scan_bwd(_LSTM, Weights(w_ih, w_hh, b_ih, b_hh, w_hr), x, h0, c0, **scan)
 

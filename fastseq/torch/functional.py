@@ -5,6 +5,7 @@ Same names, arguments and results as the NumPy functions of `fastseq`.
 
 from torch import Tensor
 
+from fastseq import _check
 from fastseq._spec import Spec
 from fastseq.torch.ops import run, run_step
 
@@ -21,6 +22,7 @@ def rnn(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
+    clip_recurrent_grad: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Elman's recurrent network over T steps.
 
@@ -37,21 +39,27 @@ def rnn(
         lengths: (B,) int64 in 0..T, any order; steps past a row's length are not computed.
         resets: (T, B) bool; True: the row's state is zero before that step is computed.
         reverse: time runs backwards, for each row from its own end.
+        clip_recurrent_grad: m > 0, or None: no limit. The gradient that flows from a step back into
+            the state before it, h0 too, becomes min(max(., -m), m), element by element; what
+            comes from outside, to y and h_n, is not limited.
 
     Returns:
         y (T, B, H), zero past a row's length, and h_n (B, H), each row's own last state.
 
     Raises:
         TypeError: an argument is no tensor, or x or a weight of another dtype.
-        ValueError: a shape, dtype or length (not read on a GPU) does not fit; unknown nonlinearity.
+        ValueError: a shape, dtype, limit or length (not read on a GPU) does not fit; unknown
+            nonlinearity.
         RuntimeError: a second derivative is asked for.
 
     Accuracy: float32 error within 2x of torch's own (3x for gradients), float64 1e-12 relative.
     Cost: 2 H (I + H) FLOP a step and row, three times that with gradients; y is kept for backward.
     Equivalent to: torch.nn.RNN(I, H, nonlinearity=nonlinearity) with one layer.
-    Source: J. L. Elman, Finding structure in time, 1990.
+    Source: J. L. Elman, Finding structure in time, 1990; clip_recurrent_grad: after A. Graves,
+        arXiv:1308.0850, 2.1, who limits the gates' gradients.
     """
-    spec = _spec("rnn", _rnn_cell_name(nonlinearity), b_ih, b_hh, reverse)
+    cell = _rnn_cell_name(nonlinearity)
+    spec = _spec("rnn", cell, b_ih, b_hh, reverse, clip_recurrent_grad)
     y, h_n, _, _ = _scan(spec, x, (w_ih, w_hh, b_ih, b_hh), h0, None, lengths, resets)
     return y, h_n.squeeze(0)
 
@@ -67,6 +75,7 @@ def gru(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
+    clip_recurrent_grad: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated recurrent unit over T steps, reset after the product.
 
@@ -83,22 +92,26 @@ def gru(
         lengths: (B,) int64 in 0..T, any order; steps past a row's length are not computed.
         resets: (T, B) bool; True: the row's state is zero before that step is computed.
         reverse: time runs backwards, for each row from its own end.
+        clip_recurrent_grad: m > 0, or None: no limit. The gradient that flows from a step back into
+            the state before it, h0 too, becomes min(max(., -m), m), element by element; what
+            comes from outside, to y and h_n, is not limited.
 
     Returns:
         y (T, B, H), zero past a row's length, and h_n (B, H), each row's own last state.
 
     Raises:
         TypeError: an argument is no tensor, or x or a weight of another dtype.
-        ValueError: a shape, dtype or length (not read on a GPU) does not fit.
+        ValueError: a shape, dtype, limit or length (not read on a GPU) does not fit.
         RuntimeError: a second derivative is asked for.
 
     Accuracy: float32 error within 2x of torch's own (3x for gradients), float64 1e-12 relative.
     Cost: 6 H (I + H) FLOP a step and row, three times that with gradients; the gates and y are
         kept for backward.
     Equivalent to: torch.nn.GRU(I, H) with one layer.
-    Source: K. Cho et al., Learning phrase representations using RNN encoder-decoder, 2014.
+    Source: K. Cho et al., Learning phrase representations using RNN encoder-decoder, 2014;
+        clip_recurrent_grad: as `rnn`.
     """
-    spec = _spec("gru", "gru", b_ih, b_hh, reverse)
+    spec = _spec("gru", "gru", b_ih, b_hh, reverse, clip_recurrent_grad)
     y, h_n, _, _ = _scan(spec, x, (w_ih, w_hh, b_ih, b_hh), h0, None, lengths, resets)
     return y, h_n.squeeze(0)
 
@@ -116,6 +129,7 @@ def lstm(
     resets: Tensor | None = None,
     reverse: bool = False,
     return_cell_states: bool = False,
+    clip_recurrent_grad: float | None = None,
 ) -> tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Long short-term memory over T steps.
 
@@ -135,6 +149,9 @@ def lstm(
         resets: (T, B) bool; True: the row's states are zero before that step is computed.
         reverse: time runs backwards, for each row from its own end.
         return_cell_states: also return the cell state of every step.
+        clip_recurrent_grad: m > 0, or None: no limit. The gradient that flows from a step back into
+            the states before it, h0 and c0 too, becomes min(max(., -m), m), element by element;
+            what comes from outside, to y, c, h_n and c_n, is not limited.
 
     Returns:
         y, (h_n, c_n), or (y, c), (h_n, c_n) with return_cell_states: y and c (T, B, H), zero past
@@ -142,16 +159,17 @@ def lstm(
 
     Raises:
         TypeError: an argument is no tensor, or x or a weight of another dtype.
-        ValueError: a shape, dtype or length (not read on a GPU) does not fit.
+        ValueError: a shape, dtype, limit or length (not read on a GPU) does not fit.
         RuntimeError: a second derivative is asked for.
 
     Accuracy: float32 error within 2x of torch's own (3x for gradients), float64 1e-12 relative.
     Cost: 8 H (I + H) FLOP a step and row, three times that with gradients; the gates, the cell
         states and y are kept for backward.
     Equivalent to: torch.nn.LSTM(I, H) with one layer.
-    Source: S. Hochreiter, J. Schmidhuber, Long short-term memory, 1997; F. Gers et al., 2000.
+    Source: S. Hochreiter, J. Schmidhuber, Long short-term memory, 1997; F. Gers et al., 2000;
+        clip_recurrent_grad: as `rnn`.
     """
-    spec = _spec("lstm", "lstm", b_ih, b_hh, reverse)
+    spec = _spec("lstm", "lstm", b_ih, b_hh, reverse, clip_recurrent_grad)
     weights = (w_ih, w_hh, b_ih, b_hh)
     y, h_n, c_n, c = _scan(spec, x, weights, h0, c0, lengths, resets, return_cell_states)
     return (y, c) if return_cell_states else y, (h_n.squeeze(0), c_n.squeeze(0))
@@ -259,11 +277,12 @@ def _rnn_cell_name(nonlinearity):
     return f"rnn_{nonlinearity}"
 
 
-def _spec(operation, cell, b_ih, b_hh, reverse=False):
+def _spec(operation, cell, b_ih, b_hh, reverse=False, clip_recurrent_grad=None):
     if (b_ih is None) != (b_hh is None):
         missing = "b_ih" if b_ih is None else "b_hh"
         raise ValueError(f"{operation}: b_ih and b_hh must be given together, got {missing} = None")
-    return Spec(cell, reverse=reverse, bias=b_ih is not None)
+    limit = _check.limit(operation, "clip_recurrent_grad", clip_recurrent_grad)
+    return Spec(cell, reverse=reverse, bias=b_ih is not None, limit=limit)
 
 
 def _require_tensors(spec, *arguments):

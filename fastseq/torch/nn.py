@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
+from fastseq import _check
 from fastseq._spec import Spec
 from fastseq.torch._weights import PackedWeights
 from fastseq.torch.attention_nn import MultiheadAttention
@@ -35,12 +36,22 @@ _States = Tensor | tuple[Tensor, Tensor]
 class _Recurrent(torch.nn.RNNBase):
     """What RNN, GRU and LSTM share: torch.nn.RNNBase's parameters, and forward."""
 
-    def __init__(self, mode, *args, **kwargs):
+    def __init__(self, mode, *args, clip_recurrent_grad=None, **kwargs):
         super().__init__(mode, *args, **kwargs)
-        scan = (self.bidirectional, False, self.bias, self.proj_size > 0)
-        self._spec = Spec(mode.lower(), self.num_layers, *scan)
-        self._layer_spec = Spec(mode.lower(), 1, *scan)
+        limit = _check.limit(type(self).__name__, "clip_recurrent_grad", clip_recurrent_grad)
+        options = (self.bidirectional, False, self.bias, self.proj_size > 0)
+        self._spec = Spec(mode.lower(), self.num_layers, *options, limit=limit)
+        self._layer_spec = self._spec._replace(num_layers=1)
         self._packed = PackedWeights()
+
+    @property
+    def clip_recurrent_grad(self) -> float | None:
+        """The constructor's."""
+        return self._spec.limit
+
+    def extra_repr(self) -> str:
+        limit = self.clip_recurrent_grad
+        return super().extra_repr() + (f", clip_recurrent_grad={limit}" if limit else "")
 
     def forward(
         self, input: Tensor | PackedSequence, hx: _States | None = None
@@ -145,7 +156,8 @@ class RNN(_Recurrent):
 
         h' = tanh(W_ih x + b_ih + W_hh h + b_hh)        or max(., 0) for nonlinearity="relu"
 
-    Args: those of torch.nn.RNN in its order, nonlinearity the fourth.
+    Args: those of torch.nn.RNN in its order, nonlinearity the fourth; clip_recurrent_grad, by name,
+        as that of `fastseq.torch.rnn`, in every layer.
     Raises: ValueError, TypeError where torch.nn.RNN raises them.
     Equivalent to: torch.nn.RNN(*args, **kwargs). Accuracy, Cost, Source: `fastseq.torch.rnn`.
     """
@@ -170,7 +182,8 @@ class GRU(_Recurrent):
         r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)    n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
         z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)    h' = (1 - z) * n + z * h
 
-    Args: those of torch.nn.GRU in its order.
+    Args: those of torch.nn.GRU in its order; clip_recurrent_grad, by name, as that of
+        `fastseq.torch.gru`, in every layer.
     Raises: ValueError, TypeError where torch.nn.GRU raises them.
     Equivalent to: torch.nn.GRU(*args, **kwargs). Accuracy, Cost, Source: `fastseq.torch.gru`.
     """
@@ -187,7 +200,8 @@ class LSTM(_Recurrent):
         f = sigmoid(W_if x + b_if + W_hf h + b_hf)      c' = f * c + i * g
         o = sigmoid(W_io x + b_io + W_ho h + b_ho)      h' = W_hr (o * tanh(c')), W_hr if proj_size
 
-    Args: those of torch.nn.LSTM in its order.
+    Args: those of torch.nn.LSTM in its order; clip_recurrent_grad, by name, as that of
+        `fastseq.torch.lstm`, in every layer; with proj_size it limits dh as h has it, projected.
     Raises: ValueError, TypeError where torch.nn.LSTM raises them.
     Equivalent to: torch.nn.LSTM(*args, **kwargs). Accuracy, Cost, Source: `fastseq.torch.lstm`;
         projection: H. Sak et al., Long short-term memory based recurrent neural networks, 2014.

@@ -14,8 +14,8 @@ import torch
 from torch import _C
 from torch.autograd import Function
 
-from fastseq import _stack
-from fastseq._spec import Spec
+from fastseq import _check, _stack
+from fastseq._spec import KINDS, Spec
 from fastseq.torch import recurrent_cuda
 from fastseq.torch._tensors import (
     FLOATS,
@@ -36,13 +36,15 @@ CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
 _SCHEMA = (
     "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, "
-    "int num_layers, bool bidirectional, bool reverse, bool cell_states, bool save)"
+    "int num_layers, bool bidirectional, bool reverse, bool cell_states, bool save, "
+    "float? clip_recurrent_grad)"
     " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor reserve)"
 )
 _BWD_SCHEMA = (
     "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, "
     "Tensor y, Tensor reserve, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, "
-    "int num_layers, bool bidirectional, bool reverse, bool[4] needs)"
+    "int num_layers, bool bidirectional, bool reverse, bool[4] needs, "
+    "float? clip_recurrent_grad)"
     " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
 
@@ -63,8 +65,8 @@ def run(spec, x, h0, c0, weights, lengths=None, resets=None, cell_states=False, 
     inputs = (x, h0, c0, *weights)
     save = differentiated(inputs)
     if heard(inputs):
-        flags = (spec.num_layers, spec.bidirectional, spec.reverse, cell_states, save)
-        return _OPERATORS[spec.cell](x, h0, c0, list(weights), lengths, resets, *flags)[:4]
+        args = (x, h0, c0, list(weights), lengths, resets, *_options(spec, cell_states, save))
+        return _OPERATORS[spec.cell](*args)[:4]
     if save:
         options = (lengths, resets, cell_states, save)
         return _Recurrence.apply(cache, False, spec, x, h0, c0, *options, *weights)[:4]
@@ -177,46 +179,55 @@ class _Recurrence(Function):
 
 
 def _forward_by_operator(spec, x, h0, c0, weights, lengths, resets, cell_states, save):
-    flags = (spec.num_layers, spec.bidirectional, spec.reverse, cell_states, save)
+    options = _options(spec, cell_states, save)
     with _C._AutoDispatchBelowAutograd():
-        return _OPERATORS[spec.cell](x, h0, c0, list(weights), lengths, resets, *flags)
+        return _OPERATORS[spec.cell](x, h0, c0, list(weights), lengths, resets, *options)
 
 
 def _backward_by_operator(spec, x, h0, c0, weights, *tensors, needs):
-    flags = (spec.num_layers, spec.bidirectional, spec.reverse, needs)
-    *states, dweights = _BWD_OPERATORS[spec.cell](x, h0, c0, weights, *tensors, *flags)
+    options = _options(spec, needs)
+    *states, dweights = _BWD_OPERATORS[spec.cell](x, h0, c0, weights, *tensors, *options)
     dx, dh0, dc0 = (d if n else None for d, n in zip(states, needs, strict=False))
     return dx, dh0, dc0, dweights
 
 
+def _options(spec, *of_the_call):
+    """An operator's arguments after the tensors; `_spec` is the way back."""
+    return spec.num_layers, spec.bidirectional, spec.reverse, *of_the_call, spec.limit
+
+
 @lru_cache(maxsize=256)
-def _spec(cell, num_weights, num_layers, bidirectional, reverse):
+def _spec(cell, num_weights, num_layers, bidirectional, reverse, limit):
     """The Spec that an operator's arguments mean: 2 weights a scan, 2 biases, 1 projection."""
     per_scan = num_weights // (num_layers * (1 + bidirectional))
-    return Spec(cell, num_layers, bidirectional, reverse, per_scan >= 4, per_scan % 2 == 1)
+    limit = _check.limit(KINDS[cell].op, "clip_recurrent_grad", limit)
+    bias, proj = per_scan >= 4, per_scan % 2 == 1
+    return Spec(cell, num_layers, bidirectional, reverse, bias, proj, limit=limit)
 
 
-def _kernel(cell, x, h0, c0, weights, lengths, resets, *flags):
-    spec = _spec(cell, len(weights), *flags[:3])
-    options = {"cell_states": flags[3], "save": flags[4]}
-    outputs = _forward(spec, x, h0, c0, _views(spec, weights), lengths, resets, **options)
+def _kernel(cell, x, h0, c0, weights, lengths, resets, *options):
+    *fixed, cell_states, save, limit = options
+    spec = _spec(cell, len(weights), *fixed, limit)
+    outputs = _forward(
+        spec, x, h0, c0, _views(spec, weights), lengths, resets, cell_states=cell_states, save=save
+    )
     return tuple(or_empty(t, x) for t in outputs)
 
 
 def _kernel_bwd(cell, x, h0, c0, weights, *rest):
-    *tensors, num_layers, bidirectional, reverse, needs = rest
-    spec = _spec(cell, len(weights), num_layers, bidirectional, reverse)
+    *tensors, num_layers, bidirectional, reverse, needs, limit = rest
+    spec = _spec(cell, len(weights), num_layers, bidirectional, reverse, limit)
     *states, dweights = _backward(spec, x, h0, c0, _views(spec, weights), *tensors, needs=needs)
     return *(or_empty(t, x) for t in states), dweights
 
 
-def _fake(cell, x, h0, c0, weights, lengths, resets, *flags):
-    num_layers, bidirectional, _, cell_states, save = flags
-    spec = _spec(cell, len(weights), *flags[:3])
+def _fake(cell, x, h0, c0, weights, lengths, resets, *options):
+    *fixed, cell_states, save, limit = options
+    spec = _spec(cell, len(weights), *fixed, limit)
     T, B, _ = x.shape
     R = weights[1].shape[1]
     H, P = (weights[2 + 2 * spec.bias].shape[1], R) if spec.proj else (R, 0)
-    D = 1 + bidirectional
+    D = spec.directions
     lstm = cell == "lstm"
     # the reserve holds (T, B, ·) arrays, whatever the input size: T and B may stay symbolic
     if on_gpu(x):
@@ -225,8 +236,8 @@ def _fake(cell, x, h0, c0, weights, lengths, resets, *flags):
         per_step = _stack.reserve_size(spec, 1, 1, 1, int(H), int(P), FLOATS[x.dtype])
     sizes = (
         (T, B, D * R),
-        (num_layers * D, B, R),
-        (num_layers * D, B, H) if lstm else 0,
+        (spec.scans, B, R),
+        (spec.scans, B, H) if lstm else 0,
         (T, B, D * H) if lstm and cell_states else 0,
         T * B * per_step if save else 0,
     )
@@ -234,18 +245,19 @@ def _fake(cell, x, h0, c0, weights, lengths, resets, *flags):
 
 
 def _fake_bwd(x, h0, c0, weights, *rest):
-    needs = rest[-1]
+    needs = rest[-2]
     inputs = zip((x, h0, c0), needs, strict=False)
     states = [x.new_empty(t.shape) if n else x.new_empty(0) for t, n in inputs]
     return *states, [x.new_empty(w.shape) for w in weights] if needs[3] else []
 
 
-def _autograd(cell, x, h0, c0, weights, lengths, resets, *flags):
-    args = (_spec(cell, len(weights), *flags[:3]), x, h0, c0)
-    options = (lengths, resets, *flags[3:])
+def _autograd(cell, x, h0, c0, weights, lengths, resets, *options):
+    *fixed, cell_states, save, limit = options
+    args = (_spec(cell, len(weights), *fixed, limit), x, h0, c0)
+    given = (lengths, resets, cell_states, save)
     if recorded(x, h0, c0, weights):
-        return _Recurrence.apply(None, True, *args, *options, *weights)
-    return _forward_by_operator(*args, weights, *options)
+        return _Recurrence.apply(None, True, *args, *given, *weights)
+    return _forward_by_operator(*args, weights, *given)
 
 
 def _autograd_bwd(cell, *args):

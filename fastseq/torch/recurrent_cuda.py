@@ -205,6 +205,7 @@ def _scan_back(made, index, y, dy, dc, dh_n, dc_n):
         dy=_rows(dy),
         dc=_rows(dc),
         dg=dg,
+        limit=made.spec.limit,
     )
     if B:
         kernels(made.spec.op, "recurrent").backward(scan)

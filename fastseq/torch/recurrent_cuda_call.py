@@ -97,8 +97,13 @@ def call(spec, x, h0, c0, weights, lengths, resets) -> Call:
     op, G = spec.op, spec.kind.gates
     launch = kernels(op, "launch")
     launch.check(op, "x", x)
-    if spec.cell not in kernels(op, "cells").GATES or spec.limit is not None:
-        raise TypeError(f"{op}: this cell, or a limit, has no kernel for {x.device}")
+    if spec.cell not in kernels(op, "cells").GATES:
+        raise TypeError(f"{op}: this cell has no kernel for {x.device}")
+    if spec.limit is not None and spec.proj:
+        raise NotImplementedError(
+            f"{op}: clip_recurrent_grad with a projection must be None on {x.device}, "
+            f"got {spec.limit}"
+        )
     _check.rank(op, "x", tuple(x.shape), "T, B, I")
     T, B, _ = x.shape
     letters = f"{G}H, I" if G > 1 else "H, I"

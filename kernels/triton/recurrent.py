@@ -55,6 +55,7 @@ class Scan:
     dy: Any = None  # (T, B, H), any (t, b), or None
     dc: Any = None
     dg: Any = None  # (T, B, PLANES H); past lengths it is not written
+    limit: float | None = None  # of what flows from one step to the one before, each element
 
 
 def _whole(up_to: int, itemsize: int, num_warps: int) -> Row:
@@ -137,4 +138,5 @@ def backward(scan: Scan) -> None:
     strides = [n for a in (scan.y, scan.c, scan.dy, scan.dc) for n in _strides(a)]
     with on(scan.y):
         for first, last in steps:
-            recurrent_bwd[_grid(scan, meta)](*arrays, T, B, first, last, *strides, **meta)
+            sizes = (T, B, first, last, *strides)
+            recurrent_bwd[_grid(scan, meta)](*arrays, scan.limit, *sizes, **meta)

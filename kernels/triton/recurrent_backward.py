@@ -2,6 +2,7 @@
 
     dh_t += dy_t        dg_t, dh, dc = cell'(dh_t, dc_t, kept_t)        dh_{t-1} = dh + W_hh^T dg_t
 
+With a limit these dh_{t-1} and dc are brought into [-limit, limit]; dy and dh_n are not.
 It emits only the gates' gradients dg; those of weights and inputs are large products after it.
 Programs and regimes are those of `recurrent_forward.py`. Together, programs read each other's dg;
 by step the product with W_hh^T stands at the start of the launch after it, which reads dg of all
@@ -115,6 +116,14 @@ def _back_through(dh, e0, e1, e2, e3, w0, w1, w2, w3, G: tl.constexpr, PRECISION
 
 
 @triton.jit
+def _limited(d, limit):
+    """min(max(d, -limit), limit) if there is a limit; NaN stays."""
+    if limit is not None:
+        d = tl.where(d > limit, limit, tl.where(d < -limit, -limit, d))
+    return d
+
+
+@triton.jit
 def _own_gates(mask, d0, d1, d2, d3, G: tl.constexpr, HIDDEN: tl.constexpr, dtype: tl.constexpr):
     """The planes that W_hh^T takes; padded units hold garbage, which must not reach others."""
     e0 = tl.where(mask, d0, 0.0).to(dtype)
@@ -152,7 +161,7 @@ def _stacked_product(
 @triton.jit(do_not_specialize=_SIZES)
 def recurrent_bwd(
     w_hh, lengths, order, resets, h0, c0, dh_state, dc_state, arrived, y, c, kept, dy, dc, dg,
-    T, B, first, last, y_t, y_b, c_t, c_b, dy_t, dy_b, dc_t, dc_b,
+    limit, T, B, first, last, y_t, y_b, c_t, c_b, dy_t, dy_b, dc_t, dc_b,
     CELL: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr,
     HIDDEN: tl.constexpr, H: tl.constexpr,
     BB: tl.constexpr, HU: tl.constexpr, BK: tl.constexpr, REGIME: tl.constexpr,
@@ -187,6 +196,7 @@ def recurrent_bwd(
             dg, w_hh, resets, b, u, t, length, exists, T, B, G, PLANES, HIDDEN, H, BB, HU, BK,
             PRECISION,
         )  # fmt: skip
+        dh = tl.where((exists & (t < length))[:, None], _limited(dh, limit), dh)
     t = T - last if REVERSE else last - 1
     active = exists & (t < length) & (t >= 0) & (last > 0)
     k0, k1, k2, k3, h, h_next, c_before, c_next, gy, gc, reset = _step_saved(
@@ -226,6 +236,9 @@ def recurrent_bwd(
                 at = dg + row[:, None] + k[None, :]
                 e = tl.load(at, mask=seen, other=0.0, cache_modifier=".cg")
                 dh_new = tl.dot(e, w, dh_new, input_precision=PRECISION)
+        if REGIME != "step":
+            dh_new = _limited(dh_new, limit)
+        dc_new = _limited(dc_new, limit)
         kept_path = mask & (reset == 0)[:, None]
         dh = tl.where(mask, tl.where(kept_path, dh_new, 0.0), dh)
         if CELL == "lstm":
