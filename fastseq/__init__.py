@@ -1,6 +1,6 @@
 """Compiled CPU kernels for sequence models: NumPy arrays here, torch tensors in `fastseq.torch`."""
 
-from fastseq import init
+from fastseq import cells, init
 from fastseq._dispatch import get_num_threads, set_num_threads
 from fastseq._plot import plot_gradient_flow
 from fastseq.attention import KVCache, attention, attention_varlen, merge_attention
@@ -9,6 +9,7 @@ from fastseq.linear_scan import linear_scan, min_gru, min_lstm
 from fastseq.position import alibi_slopes, rotary, sinusoidal_positions
 from fastseq.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from fastseq.training import clip_grad_norm_, clip_grad_value_, gradient_flow, tbptt
+from fastseq.user_cells import cell, scan
 from fastseq.vjp import vjp
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "attention_varlen",
+    "cell",
+    "cells",
     "clip_grad_norm_",
     "clip_grad_value_",
     "get_num_threads",
@@ -33,6 +36,7 @@ __all__ = [
     "rnn",
     "rnn_cell",
     "rotary",
+    "scan",
     "set_num_threads",
     "show_config",
     "sinusoidal_positions",

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from fastseq import _check, _dispatch, _stack
-from fastseq._spec import KINDS, Kind, Spec
+from fastseq._spec import KINDS, WEIGHTS, Kind, Spec
 from fastseq._stack import Array
 from fastseq.kernels.cpu.contract import CompiledCell
 from fastseq.kernels.numba.trace import Graph, Node, Value, definition, needed, trace
+from fastseq.recurrent import _one
 
 MAX_GATES = 4  # products per unit that the kernels' tiles hold
 STATES = ("h", "c")
@@ -76,8 +77,8 @@ def sigmoid(x: Any) -> Any:
     """1 / (1 + exp(-x)), of NumPy arrays, and in functions given to `cell` or as a score_mod."""
     if isinstance(x, Value):
         return x.graph.apply("sigmoid", x)
-    e = np.exp(-np.abs(x))
-    return np.where(np.asarray(x) < 0, e / (1 + e), 1 / (1 + e))
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
 
 
 def relu(x: Any) -> Any:
@@ -107,7 +108,8 @@ def cell(
             Arguments with a default keep it. It returns h', or (h', c'). It may use arithmetic and
             comparisons, np.where, np.exp, np.tanh, np.maximum and their like, and `sigmoid` and
             `relu` of fastseq.cells. Without it, `cell` is a decorator with the other arguments.
-        params: arguments that are parameters per unit: the rows of `scan`'s params, at most 8.
+        params: (N) of the arguments, N <= 8, that are parameters per unit, not gates: the rows of
+            `scan`'s params.
         split: two arguments that are the last gate's W_ih x + b_ih and W_hh h + b_hh, apart, as
             in a GRU, whose reset gate multiplies the second only.
         recurrent: False: there is no w_hh; h is read by the function only.
@@ -178,7 +180,10 @@ def _planes(function, arguments, params, split, recurrent) -> tuple[str, ...]:
 
     for name in (*params, *split):
         if name not in arguments or name in STATES:
-            refuse(TypeError, f"params and split must name its arguments other than h and c, got {name}")
+            refuse(
+                TypeError,
+                f"params and split must name its arguments other than h and c, got {name}",
+            )
     if len({*params, *split}) != len(params) + len(split):
         refuse(TypeError, f"params and split must be different names, got {params} and {split}")
     if len(split) not in (0, 2):
@@ -248,67 +253,29 @@ def scan(
     Equivalent to: `for t in range(T): h, c = cell(*(w_ih @ x[t] + ...), h, c, *params)`
     Source: Graves, arXiv:1308.0850 (clip_recurrent_grad).
     """
-    outputs, _ = _run(locals(), save=False)
-    return outputs
+    spec, weights = spec_of(locals())
+    h0, c0 = _one(spec.op, "h0", h0, "B, H"), _one(spec.op, "c0", c0, "B, H")
+    y, h_n, c_n, c, _ = _stack.forward(
+        spec, x, h0, c0, weights, lengths, resets, cell_states=return_cell_states
+    )
+    return ((y, c) if return_cell_states else y), (h_n[0], c_n[0]) if cell.has_c else h_n[0]
 
 
-def _run(given: dict, save: bool) -> tuple[tuple, tuple]:
-    """Outputs of scan's arguments, and what `scan_vjp` needs."""
-    cell, x = given["cell"], given["x"]
+def spec_of(given: dict) -> tuple[Spec, tuple]:
+    """The spec and the flat list of weights of `scan` with these arguments."""
+    cell = given["cell"]
     if not isinstance(cell, Cell):
         raise TypeError(f"scan: cell must be made by fastseq.cell, got {type(cell).__name__}")
-    op, states = cell.op, bool(given["return_cell_states"])
-    if not cell.has_c and (states or given["c0"] is not None):
-        name = "return_cell_states" if states else "c0"
-        raise ValueError(f"{op}: {name} must not be given: the cell has no c")
-    spec, weights = _spec(cell, given)
-    h0, c0 = (_state(op, n, given[n]) for n in ("h0", "c0"))
-    options = given["lengths"], given["resets"]
-    y, h_n, c_n, c, reserve = _stack.forward(
-        spec, x, h0, c0, weights, *options, save=save, cell_states=states
-    )
-    last = (h_n[0], c_n[0]) if cell.has_c else h_n[0]
-    return ((y, c) if states else y, last), (spec, x, h0, c0, weights, *options, y, reserve)
-
-
-def _state(op: str, name: str, value: Array | None) -> Array | None:
-    """A state (B, H) as that of a stack of one layer."""
-    if value is None:
-        return None
-    _check.floats(op, name, _check.signature(value))
-    _check.rank(op, name, value.shape, "B, H")
-    return value[None]
-
-
-WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "params")
-
-
-def _spec(cell: Cell, given: dict) -> tuple[Spec, tuple]:
-    """The spec and the flat list of weights; arrays that do not belong to the cell are refused."""
-    bias = given["b_ih"] is not None
+    for name in ("c0", "return_cell_states"):
+        if not cell.has_c and given[name] is not None and given[name] is not False:
+            raise ValueError(f"{cell.op}: {name} must not be given: the cell has no c")
     limit = _check.limit(cell.op, "clip_recurrent_grad", given["clip_recurrent_grad"])
-    spec = Spec(cell.key, reverse=bool(given["reverse"]), bias=bias, limit=limit)
+    bias, reverse = given["b_ih"] is not None, bool(given["reverse"])
+    spec = Spec(cell.key, reverse=reverse, bias=bias, limit=limit)
     for name in WEIGHTS:
-        if (given[name] is not None) != (name in spec.names):
-            wanted = "given" if name in spec.names else "None"
-            raise ValueError(f"{cell.op}: {name} must be {wanted} for {cell} with bias={bias}")
-    return spec, tuple(given[name] for name in WEIGHTS if name in spec.names)
-
-
-def scan_vjp(given: dict) -> tuple[tuple, Callable]:
-    """Outputs of `scan` and their pullback, for `vjp`."""
-    outputs, kept = _run(given, save=True)
-    spec, states = kept[0], bool(given["return_cell_states"])
-
-    def pullback(gradients):
-        dy, last = gradients
-        dh_n, dc_n = (last or (None, None)) if spec.kind.has_c else (last, None)
-        dy, dc = (dy or (None, None)) if states else (dy, None)
-        dh_n, dc_n = _state(spec.op, "dh_n", dh_n), _state(spec.op, "dc_n", dc_n)
-        dx, dh0, dc0, dweights = _stack.backward(*kept, dy, dh_n, dc_n, dc)
-        found = dict(zip(spec.names, dweights, strict=True))
-        found |= {"x": dx, "h0": dh0[0], "c0": None if dc0 is None else dc0[0]}
-        names = ("x", *WEIGHTS, "h0", "c0")
-        return tuple(found[n] if given[n] is not None else None for n in names)
-
-    return outputs, pullback
+        found = given.get(name) is not None
+        if found != (name in spec.names):
+            wanted = "an array" if not found else "None"
+            with_bias = "with b_ih" if bias else "without b_ih"
+            raise ValueError(f"{cell.op}: {name} must be {wanted} for {cell} {with_bias}")
+    return spec, tuple(given[name] for name in spec.names)

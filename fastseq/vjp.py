@@ -8,25 +8,36 @@ from typing import Any
 
 import numpy as np
 
-from fastseq import _attend, _stack, recurrent
+from fastseq import _attend, _stack, recurrent, user_cells
 from fastseq._attend import Options
-from fastseq._spec import Spec
+from fastseq._spec import WEIGHTS, Spec
 from fastseq.attention import attention, attention_varlen
 from fastseq.linear_scan import linear_scan, linear_scan_vjp, min_gru, min_lstm, min_vjp
 from fastseq.position import rotary
 
 
 def _recurrent(fn: Callable, given: dict) -> tuple[tuple, Callable]:
-    """Outputs of a scan or a step with everything kept, and their pullback."""
+    """Outputs and pullback of a built-in cell's scan or step."""
     op = fn.__name__.removesuffix("_cell")
-    step = fn.__name__ != op
-    h, c = ("h", "c") if step else ("h0", "c0")
     weights, bias = recurrent._weights(tuple(given[n] for n in _WEIGHTS), fn.__name__)
     cell = f"rnn_{recurrent._nonlinearity(fn.__name__, given)}" if op == "rnn" else op
     limit = recurrent._limit(op, given.get("clip_recurrent_grad"))
-    spec = Spec(cell, reverse=bool(given.get("reverse")), bias=bias, step=step, limit=limit)
-    x = recurrent._one(fn.__name__, "x", given["x"], "B, I") if step else given["x"]
-    h0, c0 = (recurrent._one(fn.__name__, n, given.get(n), "B, H") for n in (h, c))
+    step, reverse = fn.__name__ != op, bool(given.get("reverse"))
+    spec = Spec(cell, reverse=reverse, bias=bias, step=step, limit=limit)
+    return _kept(spec, weights, given, signature(fn).parameters)
+
+
+def _user_cell(fn: Callable, given: dict) -> tuple[tuple, Callable]:
+    """Outputs and pullback of a user's cell."""
+    return _kept(*user_cells.spec_of(given), given, signature(fn).parameters)
+
+
+def _kept(spec: Spec, weights: tuple, given: dict, parameters) -> tuple[tuple, Callable]:
+    """Outputs of a scan or a step with everything kept, and their pullback."""
+    op, step, has_c = spec.op, spec.step, spec.kind.has_c
+    h, c = ("h", "c") if step else ("h0", "c0")
+    x = recurrent._one(op, "x", given["x"], "B, I") if step else given["x"]
+    h0, c0 = (recurrent._one(op, n, given.get(n), "B, H") for n in (h, c))
     options = (given.get("lengths"), given.get("resets"))
     cell_states = bool(given.get("return_cell_states"))
     y, h_n, c_n, states, reserve = _stack.forward(
@@ -35,19 +46,19 @@ def _recurrent(fn: Callable, given: dict) -> tuple[tuple, Callable]:
 
     def pullback(gradients):
         dy, last = (None, gradients) if step else gradients
-        dh_n, dc_n = (last if last is not None else (None, None)) if op == "lstm" else (last, None)
+        dh_n, dc_n = (last if last is not None else (None, None)) if has_c else (last, None)
         dy, dstates = (dy if dy is not None else (None, None)) if cell_states else (dy, None)
-        dh_n = recurrent._one(fn.__name__, "dh_n", dh_n, "B, H")
-        dc_n = recurrent._one(fn.__name__, "dc_n", dc_n, "B, H")
+        dh_n = recurrent._one(op, "dh_n", dh_n, "B, H")
+        dc_n = recurrent._one(op, "dc_n", dc_n, "B, H")
         dx, dh0, dc0, dw = _stack.backward(
             spec, x, h0, c0, weights, *options, y, reserve, dy, dh_n, dc_n, dstates
         )
-        found = dict(zip(_WEIGHTS, dw, strict=False))
+        found = dict(zip(spec.names, dw, strict=True))
         found |= {"x": dx[0] if step else dx, h: dh0[0], c: None if dc0 is None else dc0[0]}
-        names = [n for n in signature(fn).parameters if n in (*_WEIGHTS, "x", h, c)]
+        names = [n for n in parameters if n in (*WEIGHTS, "x", h, c)]
         return tuple(found[n] if given[n] is not None else None for n in names)
 
-    last = (h_n[0], c_n[0]) if op == "lstm" else h_n[0]
+    last = (h_n[0], c_n[0]) if has_c else h_n[0]
     outputs = last if step else ((y, states) if cell_states else y, last)
     return outputs, pullback
 
@@ -86,7 +97,12 @@ _WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
 _SCANS = (recurrent.rnn, recurrent.gru, recurrent.lstm)
 _STEPS = (recurrent.rnn_cell, recurrent.gru_cell, recurrent.lstm_cell)
 _RULES: dict[Callable, Callable] = dict.fromkeys((*_SCANS, *_STEPS), _recurrent)
-_RULES |= {attention: _attention, attention_varlen: _attention, rotary: _rotary}
+_RULES |= {
+    user_cells.scan: _user_cell,
+    attention: _attention,
+    attention_varlen: _attention,
+    rotary: _rotary,
+}
 _RULES |= dict.fromkeys((linear_scan, min_gru, min_lstm), _linear_scan)
 
 
@@ -99,7 +115,7 @@ def vjp(fn: Callable, *args, **kwargs) -> tuple:
     the next and give its gradient as None.
 
     Args:
-        fn: one of fastseq's rnn, gru, lstm, rnn_cell, gru_cell, lstm_cell, attention,
+        fn: one of fastseq's rnn, gru, lstm, rnn_cell, gru_cell, lstm_cell, scan, attention,
             attention_varlen, rotary, linear_scan, min_gru, min_lstm.
         args: its arguments.
         kwargs: its keyword arguments.

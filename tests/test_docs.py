@@ -11,10 +11,11 @@ import fastseq
 
 SECTIONS = ["Args", "Returns", "Raises", "Accuracy", "Cost", "Equivalent to", "Source"]
 COMPUTE = ["rnn", "gru", "lstm", "rnn_cell", "gru_cell", "lstm_cell"]
-COMPUTE += ["linear_scan", "min_gru", "min_lstm"]
+COMPUTE += ["linear_scan", "min_gru", "min_lstm", "cell", "scan"]
 COMPUTE += ["attention", "attention_varlen", "merge_attention"]
 COMPUTE += ["rotary", "sinusoidal_positions", "alibi_slopes", "vjp"]
 SCALARS = {"nonlinearity", "reverse", "return_cell_states", "clip_recurrent_grad"}
+SCALARS |= {"function", "split", "recurrent", "cell"}
 SCALARS |= {"causal", "window", "scale", "softcap", "dropout_p", "seed", "return_lse"}
 SCALARS |= {"L", "D", "NH", "base", "dtype", "dim", "interleaved", "offsets", "inverse"}
 TRAINING = ["clip_grad_norm_", "clip_grad_value_", "tbptt", "gradient_flow", "plot_gradient_flow"]

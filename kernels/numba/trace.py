@@ -106,9 +106,10 @@ class Value(NDArrayOperatorsMixin):
         self.graph, self.node = graph, node
 
     def __array_ufunc__(self, ufunc, method, *inputs, **options):
-        if method != "__call__" or options:
-            done = f"np.{ufunc.__name__}" + f".{method}" * (method != "__call__")
-            raise Untraceable(f"{done} with {', '.join(options) or 'a method'} cannot be compiled")
+        if method != "__call__":
+            raise Untraceable(f"np.{ufunc.__name__}.{method} is not element by element")
+        if options:
+            raise Untraceable(f"np.{ufunc.__name__} with {', '.join(options)} cannot be compiled")
         return _known(_UFUNCS, ufunc)(self.graph, *inputs)
 
     def __array_function__(self, function, _types, args, options):
