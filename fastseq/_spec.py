@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -40,6 +40,18 @@ KINDS: dict[str, Kind] = {
     "gru": _BuiltIn("gru", 3),
     "lstm": _BuiltIn("lstm", 4, has_c=True),
 }
+
+
+LISTENERS: list[Callable[[str], None]] = []  # told of every kind that is added
+
+
+def add(name: str, kind: Kind) -> Kind:
+    """Add a kind to KINDS; the one there where the name is known."""
+    if name not in KINDS:
+        KINDS[name] = kind
+        for tell in LISTENERS:
+            tell(name)
+    return KINDS[name]
 
 
 def name_of(kind: Kind) -> str:

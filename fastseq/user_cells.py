@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastseq import _check, _dispatch, _stack
-from fastseq._spec import KINDS, WEIGHTS, Kind, Spec
+from fastseq._spec import WEIGHTS, Kind, Spec, add
 from fastseq._stack import Array
 from fastseq.kernels.cpu.contract import CompiledCell
 from fastseq.kernels.numba.trace import Graph, Node, Value, definition, needed, trace
@@ -141,7 +142,8 @@ def cell(
         [n.index for n in results],
         [planes, tuple(params), tuple(split), recurrent],
     ]
-    key = f"{function.__name__}_{hashlib.sha256(repr(told).encode()).hexdigest()[:8]}"
+    name = re.sub(r"\W", "_", function.__name__)  # a lambda's has brackets
+    key = f"{name}_{hashlib.sha256(repr(told).encode()).hexdigest()[:8]}"
     made = Cell(
         op=function.__name__,
         gates=len(planes) - bool(split),
@@ -156,8 +158,7 @@ def cell(
         graph=graph,
         results=results,
     )
-    KINDS[key] = KINDS.get(key, made)
-    return KINDS[key]
+    return add(key, made)
 
 
 def _arguments(function: Callable) -> tuple[str, ...]:

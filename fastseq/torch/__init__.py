@@ -14,6 +14,7 @@ from fastseq.torch.functional import gru, gru_cell, lstm, lstm_cell, rnn, rnn_ce
 from fastseq.torch.linear_scan import linear_scan, min_gru, min_lstm
 from fastseq.torch.position import alibi_slopes, rotary, sinusoidal_positions
 from fastseq.torch.training import clip_grad_norm_, clip_grad_value_, gradient_flow, tbptt
+from fastseq.torch.user_cells import scan
 
 __all__ = [
     "KVCache",
@@ -37,6 +38,7 @@ __all__ = [
     "rnn_cell",
     "rotary",
     "scaled_dot_product_attention",
+    "scan",
     "sinusoidal_positions",
     "tbptt",
 ]

@@ -294,7 +294,7 @@ def _require_tensors(spec, *arguments):
 def _scan(spec, x, weights, h0, c0, lengths, resets, cell_states=False):
     _require_tensors(spec, x, *weights, h0, c0, lengths, resets)
     h0, c0 = (None if s is None else s.unsqueeze(0) for s in (h0, c0))
-    weights = weights if spec.bias else weights[:2]
+    weights = [w for w in weights if w is not None]
     return run(spec, x, h0, c0, weights, lengths, resets, cell_states)
 
 

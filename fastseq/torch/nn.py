@@ -17,6 +17,7 @@ from fastseq.torch._weights import PackedWeights
 from fastseq.torch.attention_nn import MultiheadAttention
 from fastseq.torch.linear_scan_nn import MinGRU, MinLSTM
 from fastseq.torch.ops import run, run_step
+from fastseq.user_cells import Cell
 
 __all__ = [
     "GRU",
@@ -28,6 +29,7 @@ __all__ = [
     "MinLSTM",
     "MultiheadAttention",
     "RNNCell",
+    "Recurrent",
 ]
 
 _States = Tensor | tuple[Tensor, Tensor]
@@ -38,9 +40,12 @@ class _Recurrent(torch.nn.RNNBase):
 
     def __init__(self, mode, *args, clip_recurrent_grad=None, **kwargs):
         super().__init__(mode, *args, **kwargs)
+        self._specify(mode.lower(), clip_recurrent_grad)
+
+    def _specify(self, cell, clip_recurrent_grad):
         limit = _check.limit(type(self).__name__, "clip_recurrent_grad", clip_recurrent_grad)
         options = (self.bidirectional, False, self.bias, self.proj_size > 0)
-        self._spec = Spec(mode.lower(), self.num_layers, *options, limit=limit)
+        self._spec = Spec(cell, self.num_layers, *options, limit=limit)
         self._layer_spec = self._spec._replace(num_layers=1)
         self._packed = PackedWeights()
 
@@ -110,10 +115,10 @@ class _Recurrent(torch.nn.RNNBase):
         """h0 and c0 of forward's argument."""
         if hx is None:
             return None, None
-        return (hx[0], hx[1]) if self.mode == "LSTM" else (hx, None)
+        return (hx[0], hx[1]) if self._spec.kind.has_c else (hx, None)
 
     def _join(self, h_n, c_n):
-        return (h_n, c_n) if self.mode == "LSTM" else h_n
+        return (h_n, c_n) if self._spec.kind.has_c else h_n
 
     def _current_weights(self):
         """torch.nn's `_flat_weights`, brought up to date only if a parameter was exchanged."""
@@ -130,7 +135,7 @@ class _Recurrent(torch.nn.RNNBase):
         if h0 is None:
             return
         S = self.num_layers * (1 + self.bidirectional)
-        names = ("hidden[0]", "hidden[1]") if self.mode == "LSTM" else ("hidden",)
+        names = ("hidden[0]", "hidden[1]") if self._spec.kind.has_c else ("hidden",)
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)
         for state, name, size in zip((h0, c0), names, sizes, strict=False):
             _check_size(state, (S, B, size), name)
@@ -148,7 +153,7 @@ class _Recurrent(torch.nn.RNNBase):
             x, h, c, _ = run(self._layer_spec, x, h, c, weights[k * n : (k + 1) * n], lengths)
             last.append((h, c))
         h_n, c_n = zip(*last, strict=True)
-        return x, torch.cat(h_n), torch.cat(c_n) if self.mode == "LSTM" else None
+        return x, torch.cat(h_n), torch.cat(c_n) if self._spec.kind.has_c else None
 
 
 class RNN(_Recurrent):
@@ -209,6 +214,80 @@ class LSTM(_Recurrent):
 
     def __init__(self, *args, **kwargs):
         super().__init__("LSTM", *args, **kwargs)
+
+
+class Recurrent(_Recurrent):
+    """A cell of your own over T steps: stacked layers, one or two directions, as torch.nn's.
+
+        a = W_ih x + b_ih + W_hh h + b_hh        h', c' = cell(a_1, ..., a_G, h, c, params)
+
+    Its parameters are named as torch.nn.LSTM's; those per unit are params_l0 (N, H) and so on. All
+    are drawn from U(-1/sqrt(H), 1/sqrt(H)).
+
+    Args:
+        cell: what `fastseq.cell` made.
+        input_size: I.
+        hidden_size: H.
+        num_layers: how many, each the input of the next.
+        bias: whether there are b_ih and b_hh.
+        batch_first: input and output are (B, T, .), not (T, B, .).
+        dropout: probability in training, between layers.
+        bidirectional: a second direction, whose output is appended.
+        clip_recurrent_grad: `fastseq.torch.scan`.
+        device: of the parameters: the cell runs on the CPU only.
+        dtype: float32 or float64.
+
+    Raises:
+        TypeError: cell was not made by `fastseq.cell`. ValueError: a size or probability is out of
+            range. forward: as torch.nn.LSTM.
+
+    Equivalent to: a loop over time around `cell`. Accuracy, Cost, Source: `fastseq.cell`.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        clip_recurrent_grad: float | None = None,
+        device=None,
+        dtype=None,
+    ):
+        if not isinstance(cell, Cell):
+            raise TypeError(f"Recurrent: cell must be made by fastseq.cell, got {cell!r}")
+        # torch.nn's constructor knows its own cells only: the plain one checks and sets the rest
+        options = num_layers, bias, batch_first, dropout, bidirectional
+        super().__init__("RNN_TANH", input_size, hidden_size, *options, device="meta")
+        self._specify(cell.key, clip_recurrent_grad)
+        self.mode, self.cell, shapes = cell.op, cell, self._shapes(cell)
+        for name in list(self._parameters):
+            delattr(self, name)
+        layers, names = range(num_layers), self._spec.names
+        suffixes = [f"_l{k}{d}" for k in layers for d in ("", "_reverse")[: 1 + bidirectional]]
+        rename = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh"}
+        self._all_weights = [[rename.get(n, n) + suffix for n in names] for suffix in suffixes]
+        self._flat_weights_names = [name for part in self._all_weights for name in part]
+        for index, part in enumerate(self._all_weights):
+            for name, parameter in zip(names, part, strict=True):
+                made = torch.empty(shapes(name, index), device=device, dtype=dtype)
+                self.register_parameter(parameter, torch.nn.Parameter(made))
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def _shapes(self, cell):
+        def shape(name, index):
+            G, H, D = cell.gates, self.hidden_size, 1 + self.bidirectional
+            below = self.input_size if index < D else D * H
+            weights = {"w_ih": (G * H, below), "w_hh": (G * H, H), "params": (cell.params, H)}
+            return weights.get(name, (G * H,))
+
+        return shape
 
 
 class _Cell(torch.nn.Module):

@@ -1,11 +1,12 @@
 """Operators torch.ops.fastseq.{rnn_tanh, rnn_relu, gru, lstm}, their backwards, and `run`.
 
-One operator computes a whole stack of layers and both directions. The four have one schema; an
-output that a call does not ask for is an empty tensor. `run` is what functions and modules call. It
-goes through the operator where something listens to operators (a compiler, a tracer, a mode), and
-else past the dispatcher, which costs 10 us without, 15 us with gradients (2-core AVX-512 server),
-as much as a small step. Both ways end in `fastseq._stack`, the entry point of the NumPy functions,
-or for CUDA tensors in `recurrent_cuda`.
+One operator computes a whole stack of layers and both directions. All have one schema, those of
+users' cells too (torch.ops.fastseq.cell_<name>_<hash>); an output that a call does not ask for is
+an empty tensor. `run` is what functions and modules call. It goes through the operator where
+something listens to operators (a compiler, a tracer, a mode), and else past the dispatcher, which
+costs 10 us without, 15 us with gradients (2-core AVX-512 server), as much as a small step. Both
+ways end in `fastseq._stack`, the entry point of the NumPy functions, or for CUDA tensors in
+`recurrent_cuda`.
 """
 
 from functools import lru_cache, partial
@@ -15,7 +16,7 @@ from torch import _C
 from torch.autograd import Function
 
 from fastseq import _check, _stack
-from fastseq._spec import KINDS, Spec
+from fastseq._spec import KINDS, LISTENERS, Spec
 from fastseq.torch import recurrent_cuda
 from fastseq.torch._tensors import (
     FLOATS,
@@ -60,6 +61,8 @@ def run(spec, x, h0, c0, weights, lengths=None, resets=None, cell_states=False, 
     """
     if not on_gpu(x) and (x.dtype not in FLOATS or not (x.is_cpu or x.is_meta)):
         raise unsupported(spec.cell, "x", x)
+    if on_gpu(x) and spec.cell not in CELLS:
+        raise NotImplementedError(f"{spec.op}: a user's cell runs on the CPU, got x on {x.device}")
     if on_gpu(x):
         x, h0, c0, *weights = recurrent_cuda.autocast(x, h0, c0, *weights)
     inputs = (x, h0, c0, *weights)
@@ -154,8 +157,8 @@ class _Recurrence(Function):
         if save:
             y, _, c_n, c, reserve = outputs
             ctx.save_for_backward(x, h0, c0, lengths, resets, y, reserve, *weights)
-            lstm = spec.cell == "lstm"
-            absent = (None if lstm else c_n, None if lstm and cell_states else c)
+            has_c = spec.kind.has_c
+            absent = (None if has_c else c_n, None if has_c and cell_states else c)
             ctx.mark_non_differentiable(reserve, *(t for t in absent if t is not None))
         return outputs
 
@@ -198,10 +201,14 @@ def _options(spec, *of_the_call):
 
 @lru_cache(maxsize=256)
 def _spec(cell, num_weights, num_layers, bidirectional, reverse, limit):
-    """The Spec that an operator's arguments mean: 2 weights a scan, 2 biases, 1 projection."""
-    per_scan = num_weights // (num_layers * (1 + bidirectional))
-    limit = _check.limit(KINDS[cell].op, "clip_recurrent_grad", limit)
-    bias, proj = per_scan >= 4, per_scan % 2 == 1
+    """The Spec that an operator's arguments mean.
+
+    A scan has as many biases as weights or none, and may have a projection or parameters per unit.
+    """
+    kind = KINDS[cell]
+    limit = _check.limit(kind.op, "clip_recurrent_grad", limit)
+    per_scan = num_weights // (num_layers * (1 + bidirectional)) - (kind.params > 0)
+    bias, proj = per_scan >= 2 * (1 + kind.recurrent), kind.recurrent and per_scan % 2 == 1
     return Spec(cell, num_layers, bidirectional, reverse, bias, proj, limit=limit)
 
 
@@ -225,10 +232,11 @@ def _fake(cell, x, h0, c0, weights, lengths, resets, *options):
     *fixed, cell_states, save, limit = options
     spec = _spec(cell, len(weights), *fixed, limit)
     T, B, _ = x.shape
-    R = weights[1].shape[1]
-    H, P = (weights[2 + 2 * spec.bias].shape[1], R) if spec.proj else (R, 0)
+    w_ih, _, _, _, w_hr, _ = spec.weights_of(weights, 0)
+    H = w_ih.shape[0] // spec.kind.gates
+    P = 0 if w_hr is None else w_hr.shape[0]
+    R = P or H
     D = spec.directions
-    lstm = cell == "lstm"
     # the reserve holds (T, B, ·) arrays, whatever the input size: T and B may stay symbolic
     if on_gpu(x):
         per_step = recurrent_cuda.reserve_per_step(spec, int(H), int(P))
@@ -237,8 +245,8 @@ def _fake(cell, x, h0, c0, weights, lengths, resets, *options):
     sizes = (
         (T, B, D * R),
         (spec.scans, B, R),
-        (spec.scans, B, H) if lstm else 0,
-        (T, B, D * H) if lstm and cell_states else 0,
+        (spec.scans, B, H) if spec.kind.has_c else 0,
+        (T, B, D * H) if spec.kind.has_c and cell_states else 0,
         T * B * per_step if save else 0,
     )
     return tuple(x.new_empty(size) for size in sizes)
@@ -273,9 +281,17 @@ def _autograd_bwd(cell, *args):
 _OPERATORS = {}
 _BWD_OPERATORS = {}
 
-for _cell in CELLS:
-    _fwd, _bwd = partial(_kernel, _cell), partial(_kernel_bwd, _cell)
-    _fwd_rules = partial(_autograd, _cell), partial(_fake, _cell)
-    _bwd_rules = partial(_autograd_bwd, _cell), _fake_bwd
-    _OPERATORS[_cell] = register(_cell, _SCHEMA, _fwd, *_fwd_rules, _fwd)
-    _BWD_OPERATORS[_cell] = register(f"{_cell}_bwd", _BWD_SCHEMA, _bwd, *_bwd_rules, _bwd)
+
+def _define(cell):
+    """Register the operators of a cell: the built-in ones here, a user's when it is made."""
+    name = cell if cell in CELLS else f"cell_{cell}"
+    forward, backward = partial(_kernel, cell), partial(_kernel_bwd, cell)
+    rules = partial(_autograd, cell), partial(_fake, cell)
+    _OPERATORS[cell] = register(name, _SCHEMA, forward, *rules, forward)
+    rules = partial(_autograd_bwd, cell), _fake_bwd
+    _BWD_OPERATORS[cell] = register(f"{name}_bwd", _BWD_SCHEMA, backward, *rules, backward)
+
+
+for _cell in KINDS:
+    _define(_cell)
+LISTENERS.append(_define)

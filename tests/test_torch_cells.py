@@ -1,0 +1,190 @@
+"""Cells that users write, over torch tensors: the operators, `scan`, the module, torch.compile."""
+
+import warnings
+
+import numpy as np
+import pytest
+from cell_problems import READY, CellProblem, solve
+from problems import Result
+from running import assert_same_bits, refused
+
+import fastseq
+
+torch = pytest.importorskip("torch")
+import fastseq.torch  # noqa: E402
+
+
+def tensors(arrays, **options):
+    return {k: torch.tensor(a, **options) for k, a in arrays.items()}
+
+
+def named(problem, results):
+    if not problem.cell.has_c:
+        return dict(zip(("y", "h_n"), results, strict=True))
+    (y, c), (h_n, c_n) = results
+    return {"y": y, "h_n": h_n, "c_n": c_n, "c": c}
+
+
+def run(problem, leaves, scan=fastseq.torch.scan):
+    options = problem.options | {"return_cell_states": problem.cell.has_c}
+    masks = {k: torch.as_tensor(options[k]) for k in ("lengths", "resets") if k in options}
+    return named(problem, scan(problem.cell, **leaves, **options | masks))
+
+
+def solve_with(problem, scan=fastseq.torch.scan):
+    leaves = tensors(problem.inputs, requires_grad=True)
+    outputs = run(problem, leaves, scan)
+    cotangents = tensors(problem.cotangents)
+    loss = sum((cotangents[f"d{k}"] * a).sum() for k, a in outputs.items())
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return Result(
+        {k: a.detach().numpy() for k, a in outputs.items()},
+        {k: a.numpy() for k, a in zip(leaves, grads, strict=True)},
+    )
+
+
+@pytest.mark.parametrize("name", READY)
+@pytest.mark.parametrize("masks", [False, True])
+def test_bits_are_those_of_the_numpy_function(name, masks):
+    options = {"ragged": masks, "resets": masks, "reverse": masks, "clip": 0.4 if masks else None}
+    problem = CellProblem(name, B=6, H=19, dtype="float32", **options)
+    ours, expected = solve_with(problem), solve(problem)
+    assert_same_bits(ours.outputs, expected.outputs)
+    assert_same_bits(ours.grads, expected.grads)
+
+
+@pytest.mark.parametrize("name", READY)
+def test_no_bias(name):
+    problem = CellProblem(name, H=6, bias=False)
+    assert_same_bits(solve_with(problem).grads, solve(problem).grads)
+
+
+@pytest.mark.parametrize("name", READY)
+def test_gradcheck(name):
+    problem = CellProblem(name, T=3, B=2, I=2, H=3, ragged=True)
+    leaves = tensors(problem.inputs, requires_grad=True)
+    names = list(leaves)
+
+    def function(*given):
+        return tuple(run(problem, dict(zip(names, given, strict=True))).values())
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("name", ["peephole_lstm", "ind_rnn"])
+def test_opcheck(name):
+    problem = CellProblem(name, T=3, B=2, H=4, dtype="float32")
+    cell, leaves = problem.cell, tensors(problem.inputs, requires_grad=True)
+    states = [leaves.pop("h0")[None], leaves.pop("c0")[None] if cell.has_c else None]
+    x, *weights = leaves.values()
+    operator = getattr(torch.ops.fastseq, f"cell_{cell.key}").default
+    flags = (1, False, False, cell.has_c, True, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.library.opcheck(operator, (x, *states, weights, None, None, *flags))
+
+
+@pytest.mark.parametrize("name", READY)
+def test_compile(name):
+    problem = CellProblem(name, B=4, H=9, dtype="float32", ragged=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(fastseq.torch.scan, fullgraph=True, backend="aot_eager")
+    assert_same_bits(solve_with(problem, compiled).grads, solve_with(problem).grads)
+
+
+def modules(**options):
+    """The module of the user's LSTM and torch's own with the same parameters."""
+    from cell_problems import lstm
+
+    ours = fastseq.torch.nn.Recurrent(lstm, 5, 7, **options)
+    theirs = torch.nn.LSTM(5, 7, **options)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True, "bias": False}],
+)
+def test_module_of_a_users_lstm_is_torchs(options):
+    ours, theirs = modules(**options, dtype=torch.float64)
+    x = torch.randn(6, 4, 5, dtype=torch.float64)
+    assert_same(ours(x), theirs(x))
+    if not ours.batch_first:
+        pack = torch.nn.utils.rnn.pack_padded_sequence
+        packed = pack(x, [6, 2, 1, 4], enforce_sorted=False)
+        (y, last), (y_, last_) = ours(packed), theirs(packed)
+        assert_same((y.data, last), (y_.data, last_))
+
+
+def assert_same(ours, theirs):
+    (y, states), (y_, states_) = ours, theirs
+    for a, b in zip((y, *states), (y_, *states_), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_module_trains_and_keeps_its_state():
+    cell = fastseq.cells.peephole_lstm
+    torch.manual_seed(0)
+    module = fastseq.torch.nn.Recurrent(cell, 3, 8, num_layers=2, bidirectional=True)
+    names = [name for name, _ in module.named_parameters()]
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "params")
+    assert names[:5] == [f"{kind}_l0" for kind in kinds]
+    assert module.params_l1_reverse.shape == (3, 8)
+    x = torch.randn(5, 4, 3)
+    before = module(x)[0]
+    before.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+    with torch.no_grad():
+        module.params_l0.add_(0.5)
+    after = module(x)[0]
+    assert not torch.equal(before, after)
+    other = fastseq.torch.nn.Recurrent(cell, 3, 8, num_layers=2, bidirectional=True)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x)[0], after)
+    assert "Recurrent(3, 8, num_layers=2" in repr(module)
+
+
+def test_module_without_recurrent_weights():
+    module = fastseq.torch.nn.Recurrent(fastseq.cells.ind_rnn, 3, 8)
+    assert {n for n, _ in module.named_parameters()} == {"weight_ih_l0", "bias_ih_l0", "params_l0"}
+    y, h_n = module(torch.randn(5, 2, 3))
+    assert torch.equal(y[-1], h_n[0])
+
+
+def test_module_under_compile():
+    module = fastseq.torch.nn.Recurrent(fastseq.cells.light_gru, 3, 8)
+    x = torch.randn(5, 2, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x)[0], module(x)[0])
+
+
+def test_streaming_in_chunks_is_one_call():
+    module = fastseq.torch.nn.Recurrent(fastseq.cells.cifg_lstm, 3, 8)
+    x = torch.randn(9, 2, 3)
+    with torch.no_grad():
+        whole, last = module(x)
+        first, state = module(x[:4])
+        second, state = module(x[4:], state)
+    assert torch.equal(whole, torch.cat([first, second]))
+    assert all(torch.equal(a, b) for a, b in zip(state, last, strict=True))
+
+
+def test_errors():
+    cell, x = fastseq.cells.ind_rnn, torch.zeros(2, 1, 3)
+    w, u = torch.zeros(4, 3), torch.zeros(1, 4)
+    refused(
+        lambda: fastseq.torch.nn.Recurrent("lstm", 3, 4),
+        TypeError,
+        "Recurrent: cell must be made by fastseq.cell, got 'lstm'",
+    )
+    refused(
+        lambda: fastseq.torch.scan(cell, x, w),
+        ValueError,
+        "ind_rnn: params must be an array for <fastseq.cell ind_rnn(a, h, u): 1 gate> without b_ih",
+    )
+    with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got ndarray"):
+        fastseq.torch.scan(cell, x, w, params=np.zeros((1, 4)))
+    with pytest.raises(TypeError, match="float32 or float64 on the CPU, got float16"):
+        fastseq.torch.scan(cell, x.half(), w.half(), params=u.half())
