@@ -6,7 +6,6 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -108,19 +107,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _changing_limits() -> Iterator[tuple[str, int]]:
-    if _Threads.user is not None:
-        yield "set_num_threads", _Threads.user
+def _torch_limit() -> int | None:
     torch = sys.modules.get("torch")
-    if torch is not None and hasattr(torch, "get_num_threads"):  # not while it is being imported
-        yield "torch.get_num_threads", torch.get_num_threads()
-    if _Threads.forked:
-        yield "forked child", 1
+    if torch is None or not hasattr(torch, "get_num_threads"):  # it is being imported
+        return None
+    return torch.get_num_threads()
 
 
 def thread_limits() -> dict[str, int]:
     """Every bound on the thread count that applies now; the smallest one counts."""
-    return _limits() | dict(_changing_limits())
+    changing = {
+        "set_num_threads": _Threads.user,
+        "torch.get_num_threads": _torch_limit(),
+        "forked child": 1 if _Threads.forked else None,
+    }
+    return _limits() | {name: n for name, n in changing.items() if n is not None}
 
 
 @cache
@@ -133,10 +134,11 @@ def get_num_threads() -> int:
     FASTSEQ_NUM_THREADS, the CPU affinity and the cgroup quota. Small work runs on one."""
     if _Threads.forced is not None:
         return _Threads.forced
-    n = _fixed_limit()
-    for _, limit in _changing_limits():
-        n = min(n, limit)
-    return n
+    if _Threads.forked:
+        return 1
+    n, user, torch = _fixed_limit(), _Threads.user, _torch_limit()
+    n = n if user is None or n < user else user
+    return n if torch is None or n < torch else torch
 
 
 def set_num_threads(n: int | None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from fastseq import _check, _stack
-from fastseq._spec import Spec
+from fastseq._spec import KINDS, Spec
 from fastseq._stack import Array
 
 
@@ -22,6 +24,11 @@ def _nonlinearity(op: str, given: dict) -> str:
     return _check.choice(op, "nonlinearity", given["nonlinearity"], ("tanh", "relu"))
 
 
+@lru_cache(maxsize=256)
+def _spec(cell: str, reverse: bool, bias: bool, limit: float | None, step: bool = False) -> Spec:
+    return Spec(cell, reverse=reverse, bias=bias, step=step, limit=limit)
+
+
 def _limit(op: str, value) -> float | None:
     return _check.limit(op, "clip_recurrent_grad", value)
 
@@ -36,10 +43,11 @@ def _one(op: str, name: str, value, letters: str):
 
 
 def _run(cell: str, x, w, h0, c0=None, *, lengths, resets, reverse, clip, cell_states=False):
-    op = cell.split("_")[0]
+    op = KINDS[cell].op
     weights, bias = _weights(w, op)
-    spec = Spec(cell, reverse=bool(reverse), bias=bias, limit=_limit(op, clip))
-    h0, c0 = _one(op, "h0", h0, "B, H"), _one(op, "c0", c0, "B, H")
+    spec = _spec(cell, bool(reverse), bias, None if clip is None else _limit(op, clip))
+    h0 = None if h0 is None else _one(op, "h0", h0, "B, H")
+    c0 = None if c0 is None else _one(op, "c0", c0, "B, H")
     return _stack.forward(spec, x, h0, c0, weights, lengths, resets, cell_states=cell_states)
 
 
@@ -214,10 +222,10 @@ def lstm(
 
 
 def _step(cell: str, x, h, c, w):
-    op = f"{cell.split('_')[0]}_cell"
+    op = f"{KINDS[cell].op}_cell"
     weights, bias = _weights(w, op)
     x, h, c = _one(op, "x", x, "B, I"), _one(op, "h", h, "B, H"), _one(op, "c", c, "B, H")
-    _, h_n, c_n, _, _ = _stack.forward(Spec(cell, bias=bias, step=True), x, h, c, weights)
+    _, h_n, c_n, _, _ = _stack.forward(_spec(cell, False, bias, None, True), x, h, c, weights)
     return h_n[0], None if c_n is None else c_n[0]
 
 
