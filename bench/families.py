@@ -107,7 +107,7 @@ class Family:
 
 def registry() -> dict[str, Family]:
     """All families by name."""
-    from . import attention, linear_scan, recurrent, training
+    from . import attention, cells, linear_scan, recurrent, training
 
-    families = (recurrent.FAMILY, attention.FAMILY, linear_scan.FAMILY, training.FAMILY)
-    return {family.name: family for family in families}
+    families = (recurrent, attention, cells, linear_scan, training)
+    return {module.FAMILY.name: module.FAMILY for module in families}

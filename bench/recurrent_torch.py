@@ -83,7 +83,12 @@ def outputs(y: torch.Tensor, state, rows: list[int]) -> dict[str, np.ndarray]:
 
 def inference(namespace, problem: Problem, dtype=torch.float32) -> Contender:
     """The layer under no_grad."""
-    layer = module(namespace, problem.case, problem.weights, dtype).eval()
+    return inference_of(module(namespace, problem.case, problem.weights, dtype), problem, dtype)
+
+
+def inference_of(layer: nn.Module, problem: Problem, dtype=torch.float32) -> Contender:
+    """Any layer under no_grad."""
+    layer = layer.eval()
     batch = Batch(problem, dtype)
 
     def call():
@@ -99,7 +104,11 @@ def inference(namespace, problem: Problem, dtype=torch.float32) -> Contender:
 
 def training(namespace, problem: Problem, dtype=torch.float32) -> Contender:
     """Forward, then gradients of every weight and of x."""
-    layer = module(namespace, problem.case, problem.weights, dtype)
+    return training_of(module(namespace, problem.case, problem.weights, dtype), problem, dtype)
+
+
+def training_of(layer: nn.Module, problem: Problem, dtype=torch.float32) -> Contender:
+    """Forward and backward of any layer."""
     batch = Batch(problem, dtype)
     leaf = batch.leaf.requires_grad_()
     names, parameters = zip(*layer.named_parameters(), strict=True)
