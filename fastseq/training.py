@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastseq import _check, _clip, recurrent
+from fastseq.user_cells import Cell, scan
 from fastseq.vjp import vjp
 
 Array = np.ndarray
@@ -208,12 +209,13 @@ def gradient_flow(
     fn: Callable,
     x: Array,
     w_ih: Array,
-    w_hh: Array,
+    w_hh: Array | None = None,
     b_ih: Array | None = None,
     b_hh: Array | None = None,
     h0: Array | None = None,
     c0: Array | None = None,
     *,
+    params: Array | None = None,
     dy: Array | None = None,
     nonlinearity: str | None = None,
     clip_recurrent_grad: float | None = None,
@@ -223,14 +225,15 @@ def gradient_flow(
         norm_t = ||dL / dh_t||, h_t reaching L through y_t and through every later step
 
     Args:
-        fn: fastseq.rnn, gru or lstm.
+        fn: fastseq.rnn, gru or lstm, or what `fastseq.cell` made.
         x: (T, B, I).
         w_ih: (G H, I).
-        w_hh: (G H, H).
+        w_hh: (G H, H), or None for a cell without it.
         b_ih: (G H,), or None with b_hh: no biases.
         b_hh: (G H,).
         h0: (B, H), zeros if None.
-        c0: (B, H), the LSTM's.
+        c0: (B, H), of an LSTM or a cell with c.
+        params: (N, H), of a cell with parameters per unit.
         dy: (T, B, H) the gradient of L at the outputs; None: L is the sum of the last step's.
         nonlinearity: the RNN's, "tanh" if None.
         clip_recurrent_grad: as fn's: what comes from later steps is limited to it.
@@ -239,28 +242,56 @@ def gradient_flow(
         (T,) float64: the Euclidean norm over batch and units. `plot_gradient_flow` draws it.
 
     Raises:
-        TypeError, ValueError: fn is none of the three, dy does not fit; what fn raises.
+        TypeError, ValueError: fn is none of these, dy does not fit; what fn raises.
 
     Accuracy: the gradients as fn's; their norms in float64.
     Cost: forward and backward in single steps, which pack the weights at every step.
     Equivalent to: [torch.autograd.grad(loss, h)[0].norm() for h in states] of a loop over cells
     Source: Pascanu, Mikolov & Bengio, arXiv:1211.5063.
     """
-    _check_scan("gradient_flow", fn, x, {}, c0)
-    options = {} if nonlinearity is None else {"nonlinearity": nonlinearity}
-    if options and fn is not recurrent.rnn:
-        raise TypeError(
-            f"gradient_flow: nonlinearity must be None for {fn.__name__}, got {nonlinearity!r}"
-        )
     limit = _check.limit("gradient_flow", "clip_recurrent_grad", clip_recurrent_grad)
     weights = (w_ih, w_hh, b_ih, b_hh)
-    states: tuple = (h0, c0) if fn is recurrent.lstm else (h0,)
+    if isinstance(fn, Cell):
+        _check.rank("gradient_flow", "x", x.shape, "T, B, I")
+        step = _cell_steps(fn, (*weights, params))
+    else:
+        _check_scan("gradient_flow", fn, x, {}, c0)
+        options = {} if nonlinearity is None else {"nonlinearity": nonlinearity}
+        step = _built_in_steps(fn, weights, options)
+    if nonlinearity is not None and fn is not recurrent.rnn:
+        name = getattr(fn, "__name__", fn)
+        raise TypeError(
+            f"gradient_flow: nonlinearity must be None for {name}, got {nonlinearity!r}"
+        )
+    states: tuple = (h0, c0) if fn is recurrent.lstm or getattr(fn, "has_c", False) else (h0,)
     pullbacks = []
     for x_t in x:
-        out, pull = vjp(_CELLS[fn], x_t, *states, *weights, **options)
-        states = out if fn is recurrent.lstm else (out,)
+        states, pull = step(x_t, states)
         pullbacks.append(pull)
     return _rewind(pullbacks, states, _loss_gradient(dy, x, states[0]), limit)
+
+
+def _built_in_steps(fn: Callable, weights: tuple, options: dict) -> Callable:
+    """step(x_t, states) -> the next states, and what pulls their gradients back to `states`."""
+
+    def step(x_t, states):
+        out, pull = vjp(_CELLS[fn], x_t, *states, *weights, **options)
+        n = len(states)
+        return (out,) if n == 1 else out, lambda *d: pull(d[0] if n == 1 else d)[1 : 1 + n]
+
+    return step
+
+
+def _cell_steps(cell: Cell, weights: tuple) -> Callable:
+    """The same of a user's cell."""
+
+    def step(x_t, states):
+        n = len(states)
+        start = dict(zip(("h0", "c0"), states, strict=False))
+        (_, out), pull = vjp(scan, cell, x_t[None], *weights, **start)
+        return (out,) if n == 1 else out, lambda *d: pull((None, d[0] if n == 1 else d))[6 : 6 + n]
+
+    return step
 
 
 def _loss_gradient(dy, x: Array, h: Array | None) -> Array:
@@ -281,8 +312,7 @@ def _rewind(pullbacks: list, states: tuple, dy: Array, limit: float | None) -> A
     for t in reversed(range(len(pullbacks))):
         dh = dy[t] if rest[0] is None else dy[t] + rest[0]
         norms[t] = np.linalg.norm(dh.astype(np.float64))
-        given = dh if len(states) == 1 else (dh, rest[1])
-        rest = pullbacks[t](given)[1 : 1 + len(states)]
+        rest = pullbacks[t](dh, *rest[1:])
         if limit is not None:
             rest = tuple(None if d is None else np.clip(d, -limit, limit) for d in rest)
     return norms

@@ -57,7 +57,7 @@ class Cell(Kind):
         try:
             from fastseq.kernels.numba.cell import Source, compiled
         except ImportError as error:
-            text = f"the cell {self.op} needs Numba: pip install fastseq[numba]"
+            text = f"the cell {self.op} needs Numba: pip install fastseq-kernels[numba]"
             raise ImportError(text) from error
         with self._lock:
             if kernels.__name__ not in self._compiled:

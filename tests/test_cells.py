@@ -159,6 +159,26 @@ def test_an_argument_with_a_default_keeps_it():
     np.testing.assert_array_equal(h_n, y[0])
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh"])
+def test_gradient_flow_is_that_of_the_built_in_cell(name):
+    problem = Problem(name)
+    weights = {k: a for k, a in problem.inputs.items() if k != "x"}
+    options = {"dy": problem.cotangents["dy"], "clip_recurrent_grad": 0.5}
+    built_in = getattr(fastseq, problem.function)
+    x = problem.inputs["x"]
+    expected = fastseq.gradient_flow(built_in, x, **weights, **options)
+    norms = fastseq.gradient_flow(REWRITTEN[name], x, **weights, **options)
+    np.testing.assert_allclose(norms, expected, rtol=1e-12)
+
+
+def test_gradient_flow_of_a_cell_with_params():
+    problem = CellProblem("ind_rnn")
+    norms = fastseq.gradient_flow(problem.cell, **problem.inputs)
+    u = np.abs(problem.inputs["params"][0])
+    assert norms.shape == (problem.T,)
+    assert (norms[:-1] <= u.max() * norms[1:]).all()
+
+
 ARRAYS = {name: CellProblem("peephole_lstm").inputs[name] for name in INPUTS}
 
 
@@ -227,4 +247,4 @@ def test_without_numba_the_error_says_what_to_install():
         "except ImportError as error:\n"
         "    print(error)\n"
     )
-    assert python(code) == "the cell ind_rnn needs Numba: pip install fastseq[numba]\n"
+    assert python(code) == "the cell ind_rnn needs Numba: pip install fastseq-kernels[numba]\n"
