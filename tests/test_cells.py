@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import cell_problems
 import numpy as np
@@ -13,6 +14,7 @@ from running import assert_same_bits, judge, on_one_thread, python, refused
 from tolerance import assert_all_close
 
 import fastseq
+from fastseq import _dispatch
 
 BOOL = (False, True)
 DTYPES = ("float32", "float64")
@@ -236,6 +238,34 @@ def test_compiled_once_in_under_five_seconds(tmp_path):
     assert float(said[0].split()[-1]) < 5
     assert "compiled" not in said[1]
     assert [path.name for path in tmp_path.glob("cell_ind_rnn_*.py")]
+
+
+def test_where_no_cache_can_be_written_a_temporary_one_is(tmp_path):
+    nowhere = tmp_path / "file"
+    nowhere.write_text("")
+    code = (
+        "import fastseq\n"
+        "fastseq.cells.ind_rnn.compile()\n"
+        "from fastseq.kernels.numba import generated\n"
+        "print(generated.folder())\n"
+    )
+    folder = Path(python(code, env={"FASTSEQ_CACHE": nowhere}).strip())
+    assert folder.name.startswith("fastseq-")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("level", _dispatch.features.supported())
+def test_every_isa_level(level):
+    code = (
+        "import sys; from test_cells import CellProblem, solve, solve_reference\n"
+        "from fastseq import _dispatch; from tolerance import assert_all_close\n"
+        "problem = CellProblem('peephole_lstm', B=5, H=21, ragged=True)\n"
+        "ours, ref = solve(problem), solve_reference(problem)\n"
+        "assert_all_close(ours.outputs, ref.outputs)\n"
+        "assert_all_close(ours.grads, ref.grads, grad=True)\n"
+        "print(_dispatch.level()[0])\n"
+    )
+    assert python(code, env={"FASTSEQ_CPU": level}) == f"{level}\n"
 
 
 def test_without_numba_the_error_says_what_to_install():

@@ -5,9 +5,11 @@ be written, a new temporary one. Numba's own cache lies beside the file, so a ke
 once per machine.
 """
 
+import atexit
 import hashlib
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from contextlib import suppress
@@ -24,7 +26,9 @@ def folder():
         wanted.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=wanted):
             return wanted
-    return Path(tempfile.mkdtemp(prefix="fastseq-"))
+    temporary = tempfile.mkdtemp(prefix="fastseq-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return Path(temporary)
 
 
 def load(name, source, *helpers):
