@@ -108,10 +108,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _torch_limit() -> int | None:
-    torch = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "get_num_threads"):  # it is being imported
-        return None
-    return torch.get_num_threads()
+    # torch may be absent, or half imported
+    get_num_threads = getattr(sys.modules.get("torch"), "get_num_threads", None)
+    return None if get_num_threads is None else get_num_threads()
 
 
 def thread_limits() -> dict[str, int]:

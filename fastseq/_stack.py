@@ -62,7 +62,7 @@ def pack(spec: Spec, weights: Sequence) -> Packed:
 def fingerprint(weights: Sequence) -> int:
     """A 64-bit hash of the weights' contents."""
     kernels = _dispatch.kernels("recurrent", weights[0].dtype)
-    return kernels.fingerprint([contiguous(w) for w in weights])
+    return kernels.fingerprint([w if w.flags.c_contiguous else contiguous(w) for w in weights])
 
 
 # ---- forward and backward
@@ -92,12 +92,14 @@ class _Call:
         if m is None and self.plan.P:
             m = np.empty((1, self.plan.B, self.plan.H), self.plan.dtype)
         y = y if place.y is None else y[:, :, place.y]
-        i, h0, c0 = place.index, self.h0, self.c0
-        h0, c0, h_n, c_n = [None if state is None else state[i] for state in (h0, c0, h_n, c_n)]
-        masks = self.lengths, self.order, self.resets
-        return Scan(
-            place.sizes, x, (), place.reverse, h0, c0, *masks, y, h_n, c_n, c, m, gates, packed
-        )  # by place, which takes half the time of by name
+        i = place.index
+        h0 = None if self.h0 is None else self.h0[i]
+        c0 = None if self.c0 is None else self.c0[i]
+        h_n = None if h_n is None else h_n[i]
+        c_n = None if c_n is None else c_n[i]
+        # by place, which takes half the time of by name
+        fixed, masks = (place.sizes, x, (), place.reverse), (self.lengths, self.order, self.resets)
+        return Scan(*fixed, h0, c0, *masks, y, h_n, c_n, c, m, gates, packed)
 
     def output(self, layer: int) -> Array:
         """Memory for a layer's y: in the reserve, if backward follows and a layer stands above."""

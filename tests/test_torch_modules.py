@@ -254,19 +254,42 @@ WRONG_CALLS = {
     "hx-size": lambda m, hx: m(torch.zeros(T, B, I), hx(1, B, H + 1)),
     "hx-float64": lambda m, hx: m(torch.zeros(T, B, I), hx(1, B, H, dtype=torch.float64)),
     "packed-hx-batch": lambda m, hx: m(ragged(torch.float32), hx(1, 2, H)),
+    "hx-half": lambda m, hx: m(torch.zeros(T, B, I), (torch.zeros(1, B, H), None)),
     "list": lambda m, hx: m([1.0]),
 }
+
+
+def raised_by(module, call, name):
+    """The error of a wrong call, the same with gradients and without."""
+    found = []
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(Exception) as error:
+            call(module, lambda *shape, **k: states(name, *shape, **{"dtype": torch.float32} | k))
+        found.append(error.value)
+    assert type(found[0]) is type(found[1]) and str(found[0]) == str(found[1])
+    return type(found[0])
 
 
 @pytest.mark.parametrize("call", WRONG_CALLS.values(), ids=WRONG_CALLS)
 @every_kind
 def test_forward_errors_are_torchs(name, options, call):
-    raised = []
-    for module in pair(name, options, torch.float32):
-        with pytest.raises(Exception) as error:
-            call(module, lambda *shape, **k: states(name, *shape, **{"dtype": torch.float32} | k))
-        raised.append(type(error.value))
-    assert raised[0] is raised[1]
+    ours, theirs = pair(name, options, torch.float32)
+    assert raised_by(ours, call, name) is raised_by(theirs, call, name)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+@every_case
+def test_inference_goes_the_short_way_to_the_bits_of_training(name, options, given, monkeypatch):
+    module, _ = pair(name, options)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    hx = hx_for(module, name, (B if not module.batch_first else T,)) if given else None
+    expected = [t.detach() for t in flat(module(x, hx))]
+    monkeypatch.delattr(fnn._Recurrent, "_forward_checked")
+    with torch.no_grad():
+        for _ in range(2):
+            found = flat(module(x, hx))
+            assert all(map(torch.equal, found, expected))
+            assert [t.stride() for t in found] == [t.stride() for t in expected]
 
 
 @every_kind
@@ -519,12 +542,19 @@ WRONG_STEPS = {
 @pytest.mark.parametrize("call", WRONG_STEPS.values(), ids=WRONG_STEPS)
 @every_cell
 def test_cell_errors_are_torchs(name, options, call):
-    raised = []
-    for module in pair(name, options, torch.float32):
-        with pytest.raises(Exception) as error:
-            call(module, lambda *shape, **k: states(name, *shape, **{"dtype": torch.float32} | k))
-        raised.append(type(error.value))
-    assert raised[0] is raised[1]
+    ours, theirs = pair(name, options, torch.float32)
+    assert raised_by(ours, call, name) is raised_by(theirs, call, name)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+@every_cell
+def test_a_step_of_inference_goes_the_short_way(name, options, given, monkeypatch):
+    module, _ = pair(name, options)
+    x, hx = torch.randn(B, I, dtype=torch.float64), states(name, B, H) if given else None
+    expected = [t.detach() for t in flat(module(x, hx))]
+    monkeypatch.setattr(fnn, "run_step", None)
+    with torch.no_grad():
+        assert all(map(torch.equal, flat(module(x, hx)), expected))
 
 
 @every_cell

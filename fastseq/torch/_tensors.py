@@ -4,6 +4,8 @@ Functions and modules call a family's `run`. It goes through the operator where 
 operators (`heard`: a compiler, a tracer, a mode), and else past the dispatcher.
 """
 
+from ctypes import c_char
+
 import numpy as np
 import torch
 from torch import _C, Tensor
@@ -28,7 +30,7 @@ def array(tensor):
         return None
     if not tensor.is_cpu:
         raise ValueError(f"fastseq: expected all tensors on the CPU, got one on {tensor.device}")
-    return tensor.numpy(force=tensor.requires_grad)
+    return tensor.numpy(force=True) if tensor.requires_grad else tensor.numpy()
 
 
 def on_gpu(tensor):
@@ -41,35 +43,25 @@ def tensor_of(found):
     return None if found is None else torch.from_numpy(found)
 
 
-class _Memory:
-    """Describes a tensor's memory to NumPy."""
-
-    __slots__ = ("__array_interface__",)
-
-    def __init__(self, tensor):
-        dtype = FLOATS[tensor.dtype]
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": dtype.str,
-            "shape": tuple(tensor.shape),
-            "strides": None if tensor.is_contiguous() else _byte_strides(tensor),
-            "data": (tensor.data_ptr(), True),
-        }
-
-
-def _byte_strides(tensor):
-    return tuple(stride * tensor.itemsize for stride in tensor.stride())
-
-
 def borrow(cell, weights):
-    """Read-only views of the weights' memory, valid until a weight is moved or freed.
+    """Views of the weights' memory, valid until a weight is moved or freed.
 
     `Tensor.numpy` would forbid the storage to be resized, which is how FSDP frees parameters.
     """
     for w in weights:
         if w.dtype not in FLOATS or not w.is_cpu:
             raise unsupported(cell, "every weight", w)
-    return [np.asarray(_Memory(w)) for w in weights]
+    return [_memory(w) for w in weights]
+
+
+def _memory(tensor):
+    strides, n_bytes = None, tensor.nbytes
+    if not tensor.is_contiguous():
+        strides = [stride * tensor.itemsize for stride in tensor.stride()]
+        last = sum(s * (n - 1) for s, n in zip(strides, tensor.shape, strict=True))
+        n_bytes = last + tensor.itemsize if n_bytes else 0
+    block = (c_char * n_bytes).from_address(tensor.data_ptr())
+    return np.ndarray(tensor.shape, FLOATS[tensor.dtype], block, 0, strides)
 
 
 def or_empty(tensor, like):

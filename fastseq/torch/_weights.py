@@ -29,11 +29,12 @@ class PackedWeights:
             self._views = where, views
         return views
 
-    def packed(self, spec, views):
-        """The packed form of `views`."""
+    def packed(self, spec, weights):
+        """The weights as NumPy arrays, and `_stack.pack` of them."""
+        views = self.views(spec, weights)
         known, contents, packed = self._packed
         hashed = _stack.fingerprint(views)
         if known is not views or contents != hashed:
             packed = _stack.pack(spec, views)
             self._packed = views, hashed, packed
-        return packed
+        return views, packed

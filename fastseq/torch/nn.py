@@ -6,6 +6,9 @@ float16 on a GPU. RNN, GRU and LSTM are torch.nn.RNNBase but not torch.nn.RNN, G
 subclasses torch.compile refuses.
 """
 
+from itertools import repeat
+from operator import is_, is_not
+
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout
@@ -16,7 +19,7 @@ from fastseq._spec import Spec
 from fastseq.torch._weights import PackedWeights
 from fastseq.torch.attention_nn import MultiheadAttention
 from fastseq.torch.linear_scan_nn import MinGRU, MinLSTM
-from fastseq.torch.ops import run, run_step
+from fastseq.torch.ops import CELLS, infer, infer_step, run, run_step
 from fastseq.user_cells import Cell
 
 __all__ = [
@@ -77,18 +80,25 @@ class _Recurrent(torch.nn.RNNBase):
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        if input.dim() not in (2, 3):
+        h0, c0 = (None, None) if hx is None else self._split(hx)
+        weights, found = self._current_weights(), None
+        batch_first = self.batch_first and input.dim() == 3
+        x = input.transpose(0, 1) if batch_first else input
+        if not (self.dropout and self.training):
+            found = infer(self._spec, x, h0, c0, weights, self._packed)
+        y, h_n, c_n = found or self._forward_checked(x, h0, c0, weights)
+        return y.transpose(0, 1) if batch_first else y, self._join(h_n, c_n)
+
+    def _forward_checked(self, input, h0, c0, weights):
+        """y, h_n, c_n of input (T, B, I) or (T, I), with torch.nn's errors."""
+        batched = input.dim() == 3
+        if not batched and input.dim() != 2:
             name = type(self).__name__
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        h0, c0 = self._split(hx)
-        batched = input.dim() == 3
         _check_rank(batched, h0, c0)
         if not batched:
             input = input.unsqueeze(1)
             h0, c0 = (None if s is None else s.unsqueeze(1) for s in (h0, c0))
-        elif self.batch_first:
-            input = input.transpose(0, 1)
-        weights = self._current_weights()
         self.check_input(input, None)
         self._check_states(input, input.shape[1], h0, c0)
         if input.shape[0] == 0:
@@ -96,9 +106,7 @@ class _Recurrent(torch.nn.RNNBase):
         y, h_n, c_n = self._scan(input, h0, c0, weights)
         if not batched:
             y, h_n, c_n = (None if t is None else t.squeeze(1) for t in (y, h_n, c_n))
-        elif self.batch_first:
-            y = y.transpose(0, 1)
-        return y, self._join(h_n, c_n)
+        return y, h_n, c_n
 
     def _forward_packed(self, packed, hx):
         data, batch_sizes, order, inverse = packed
@@ -124,11 +132,9 @@ class _Recurrent(torch.nn.RNNBase):
         """torch.nn's `_flat_weights`, brought up to date only if a parameter was exchanged."""
         if torch.compiler.is_compiling():
             return [getattr(self, name) for name in self._flat_weights_names]
-        parameters = self._parameters
-        for ref, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
-            if ref is None or ref() is not parameters.get(name):
-                self._update_flat_weights()
-                break
+        current = map(self._parameters.get, self._flat_weights_names)
+        if not all(map(is_, self._flat_weights, current)):
+            self._update_flat_weights()
         return self._flat_weights
 
     def _check_states(self, x, B, h0, c0):
@@ -290,6 +296,9 @@ class Recurrent(_Recurrent):
         return shape
 
 
+_STEPS = {(cell, bias): Spec(cell, bias=bias) for cell in CELLS for bias in (False, True)}
+
+
 class _Cell(torch.nn.Module):
     """What RNNCell, GRUCell and LSTMCell share, ahead of torch.nn's class among the bases."""
 
@@ -299,6 +308,10 @@ class _Cell(torch.nn.Module):
 
     def _step(self, cell, x, h, c=None):
         """h', c' for x (B, I) or (I,) and states (B, H) or (H,), None for zeros."""
+        spec, weights = _STEPS[cell, self.bias], self._weights()
+        found = infer_step(spec, x, h, c, weights, self._packed)
+        if found is not None:
+            return found
         name = type(self).__name__
         for t, what in ((x, "input"), (h, "hidden"), (c, "hidden")):
             if t is not None and t.dim() not in (1, 2):
@@ -306,12 +319,17 @@ class _Cell(torch.nn.Module):
         batched = x.dim() == 2
         if not batched:
             x, h, c = (None if t is None else t.unsqueeze(0) for t in (x, h, c))
-        weights = [self.weight_ih, self.weight_hh]
-        if self.bias:
-            weights += [self.bias_ih, self.bias_hh]
         self._check(x, h, c, weights[0])
-        states = run_step(Spec(cell, bias=self.bias), x, h, c, weights, self._packed)
+        states = run_step(spec, x, h, c, weights, self._packed)
         return states if batched else tuple(None if s is None else s.flatten() for s in states)
+
+    def _weights(self):
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        if not torch.compiler.is_compiling():
+            found = [self._parameters.get(name) for name in names]
+            if all(map(is_not, found, repeat(None))):
+                return found
+        return [getattr(self, name) for name in names]
 
     def _check(self, x, h, c, weight):
         if x.shape[1] != self.input_size:

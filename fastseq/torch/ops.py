@@ -12,7 +12,7 @@ ways end in `fastseq._stack`, the entry point of the NumPy functions, or for CUD
 from functools import lru_cache, partial
 
 import torch
-from torch import _C
+from torch import _C, from_numpy
 from torch.autograd import Function
 
 from fastseq import _check, _stack
@@ -59,12 +59,13 @@ def run(spec, x, h0, c0, weights, lengths=None, resets=None, cell_states=False, 
     Returns:
         y, h_n, c_n, c; the last two None or empty where the cell or the call has none.
     """
-    if not on_gpu(x) and (x.dtype not in FLOATS or not (x.is_cpu or x.is_meta)):
-        raise unsupported(spec.cell, "x", x)
-    if on_gpu(x) and spec.cell not in CELLS:
-        raise NotImplementedError(f"{spec.op}: a user's cell runs on the CPU, got x on {x.device}")
     if on_gpu(x):
+        if spec.cell not in CELLS:
+            got = f"got x on {x.device}"
+            raise NotImplementedError(f"{spec.op}: a user's cell runs on the CPU, {got}")
         x, h0, c0, *weights = recurrent_cuda.autocast(x, h0, c0, *weights)
+    elif x.dtype not in FLOATS or not (x.is_cpu or x.is_meta):
+        raise unsupported(spec.cell, "x", x)
     inputs = (x, h0, c0, *weights)
     save = differentiated(inputs)
     if heard(inputs):
@@ -73,60 +74,90 @@ def run(spec, x, h0, c0, weights, lengths=None, resets=None, cell_states=False, 
     if save:
         options = (lengths, resets, cell_states, save)
         return _Recurrence.apply(cache, False, spec, x, h0, c0, *options, *weights)[:4]
-    if torch.autograd._profiler_enabled():
+    given = (spec, x, h0, c0, weights, lengths, resets, cell_states, save, cache)
+    if _C._autograd._profiler_enabled():
         with torch.profiler.record_function(f"fastseq::{spec.cell}"):
-            return _infer(spec, x, h0, c0, weights, lengths, resets, cell_states, cache)
-    return _infer(spec, x, h0, c0, weights, lengths, resets, cell_states, cache)
+            return _forward(*given)[:4]
+    return _forward(*given)[:4]
+
+
+def infer(spec, x, h0, c0, weights, cache):
+    """y, h_n, c_n of `run`, in half its time for a small call; None: `run` has to be asked.
+
+    For tensors on the CPU, without gradients, where nothing listens. `_stack.forward` alone checks
+    the arguments: where it refuses them, the caller's own checks say why.
+    """
+    half = h0 is not None and c0 is None and spec.kind.has_c
+    if half or not _unheard_inference(x, h0, c0, *weights):
+        return None
+    try:
+        views, packed = _views(spec, weights, cache, pack=True)
+        h0, c0 = None if h0 is None else array(h0), None if c0 is None else array(c0)
+        y, h_n, c_n, _, _ = _stack.forward(spec, array(x), h0, c0, views, packed=packed)
+    except (TypeError, ValueError):
+        return None
+    return from_numpy(y), from_numpy(h_n), None if c_n is None else from_numpy(c_n)
+
+
+def infer_step(spec, x, h, c, weights, cache=None):
+    """h', c' of one step, as `infer`: x (B, I), h (B, R) and c (B, H) None for zeros.
+
+    The axis of time is added and dropped in NumPy, which takes a sixth of what torch does.
+    """
+    if not _unheard_inference(x, h, c, *weights):
+        return None
+    try:
+        views, packed = _views(spec, weights, cache, pack=True)
+        h, c = None if h is None else array(h)[None], None if c is None else array(c)[None]
+        _, h, c, _, _ = _stack.forward(spec, array(x)[None], h, c, views, packed=packed)
+    except (TypeError, ValueError):
+        return None
+    return from_numpy(h[0]), None if c is None else from_numpy(c[0])
 
 
 def run_step(spec, x, h, c, weights, cache=None):
-    """h', c' of one step: x (B, I), h (B, R) and c (B, H) None for zeros; else as `run`.
-
-    Inference adds and drops the axis of time in NumPy, which takes a sixth of what torch does.
-    """
-    inputs = (x, h, c, *weights)
-    seen = heard(inputs) or torch.autograd._profiler_enabled() or on_gpu(x)
-    if seen or differentiated(inputs) or x.dtype not in FLOATS:
+    """h', c' of one step: x (B, I), h (B, R) and c (B, H) None for zeros; else as `run`."""
+    found = infer_step(spec, x, h, c, weights, cache)
+    if found is None:
         x, h, c = (None if t is None else t.unsqueeze(0) for t in (x, h, c))
         _, *states, _ = run(spec, x, h, c, weights, cache=cache)
-        return tuple(None if s is None else s.squeeze(0) for s in states)
-    views = _views(spec, weights, cache)
-    packed = None if cache is None else cache.packed(spec, views)
-    x, h, c = (None if t is None else array(t)[None] for t in (x, h, c))
-    _, h, c, *_ = _stack.forward(spec, x, h, c, views, packed=packed)
-    return tensor_of(h[0]), None if c is None else tensor_of(c[0])
+        found = tuple(None if s is None else s.squeeze(0) for s in states)
+    return found
 
 
-def _infer(spec, x, h0, c0, weights, lengths, resets, cell_states, cache):
-    cache = None if on_gpu(x) else cache
-    views = _views(spec, weights, cache)
-    packed = None if cache is None else cache.packed(spec, views)
-    options = {"packed": packed, "cell_states": cell_states}
-    return _forward(spec, x, h0, c0, views, lengths, resets, **options)[:4]
+def _unheard_inference(*tensors):
+    """Whether a call on these, any but the first None, may go straight to the CPU's kernels."""
+    listening = heard(tensors) or _C._autograd._profiler_enabled()
+    return not (listening or differentiated(tensors) or on_gpu(tensors[0]))
 
 
-def _views(spec, weights, cache=None):
-    if on_gpu(weights[0]):
-        return weights
-    return borrow(spec.cell, weights) if cache is None else cache.views(spec, weights)
+def _views(spec, weights, cache, pack=False):
+    """The weights as arrays, and packed if that is worth keeping."""
+    if cache is None:
+        return borrow(spec.cell, weights), None
+    return cache.packed(spec, weights) if pack else (cache.views(spec, weights), None)
 
 
-def _forward(spec, x, h0, c0, views, lengths, resets, **options):
+def _forward(spec, x, h0, c0, weights, lengths, resets, cell_states, save, cache=None):
     """The kernels on tensors: y, h_n, c_n, c, reserve, None where absent."""
+    options = {"cell_states": cell_states, "save": save}
     if on_gpu(x):
-        options.pop("packed", None)
-        return recurrent_cuda.forward(spec, x, h0, c0, views, lengths, resets, **options)
-    x, h0, c0, lengths, resets = map(array, (x, h0, c0, lengths, resets))
-    outputs = _stack.forward(spec, x, h0, c0, views, lengths, resets, **options)
-    return tuple(map(tensor_of, outputs))
+        return recurrent_cuda.forward(spec, x, h0, c0, weights, lengths, resets, **options)
+    views, packed = _views(spec, weights, cache, pack=not save)
+    x, h0, c0, lengths, resets = [
+        None if t is None else array(t) for t in (x, h0, c0, lengths, resets)
+    ]
+    outputs = _stack.forward(spec, x, h0, c0, views, lengths, resets, packed=packed, **options)
+    return tuple([None if a is None else from_numpy(a) for a in outputs])
 
 
-def _backward(spec, x, h0, c0, views, *tensors, needs):
+def _backward(spec, x, h0, c0, weights, *tensors, needs, cache=None):
     """The kernels on tensors: dx, dh0, dc0, [dweights], None or [] where not needed."""
     wanted = {"needs_x": needs[0], "needs_weights": needs[3]}
     if on_gpu(x):
-        found = recurrent_cuda.backward(spec, x, h0, c0, views, *tensors, **wanted)
+        found = recurrent_cuda.backward(spec, x, h0, c0, weights, *tensors, **wanted)
     else:
+        views, _ = _views(spec, weights, cache)
         x, h0, c0, *arrays = map(array, (x, h0, c0, *tensors))
         *states, dweights = _stack.backward(spec, x, h0, c0, views, *arrays, **wanted)
         found = (*map(tensor_of, states), [tensor_of(d) for d in dweights or ()])
@@ -148,12 +179,8 @@ class _Recurrence(Function):
     ):
         ctx.cache, ctx.spec, ctx.saved = cache, spec, save
         ctx.set_materialize_grads(False)
-        options = {"cell_states": cell_states, "save": save}
-        if by_operator:
-            outputs = _forward_by_operator(spec, x, h0, c0, weights, lengths, resets, **options)
-        else:
-            views = _views(spec, weights, cache)
-            outputs = _forward(spec, x, h0, c0, views, lengths, resets, **options)
+        given = (spec, x, h0, c0, weights, lengths, resets, cell_states, save)
+        outputs = _forward_by_operator(*given) if by_operator else _forward(*given, cache)
         if save:
             y, _, c_n, c, reserve = outputs
             ctx.save_for_backward(x, h0, c0, lengths, resets, y, reserve, *weights)
@@ -174,8 +201,7 @@ class _Recurrence(Function):
         if torch.is_grad_enabled() or heard((x, *tensors, *weights)):
             grads = _backward_by_operator(spec, x, h0, c0, weights, *tensors, needs=needs)
         else:
-            views = _views(spec, weights, ctx.cache)
-            grads = _backward(spec, x, h0, c0, views, *tensors, needs=needs)
+            grads = _backward(spec, x, h0, c0, weights, *tensors, needs=needs, cache=ctx.cache)
         dx, dh0, dc0, dweights = grads
         dweights = dweights or [None] * len(weights)
         return None, None, None, dx, dh0, dc0, None, None, None, None, *dweights
@@ -215,16 +241,14 @@ def _spec(cell, num_weights, num_layers, bidirectional, reverse, limit):
 def _kernel(cell, x, h0, c0, weights, lengths, resets, *options):
     *fixed, cell_states, save, limit = options
     spec = _spec(cell, len(weights), *fixed, limit)
-    outputs = _forward(
-        spec, x, h0, c0, _views(spec, weights), lengths, resets, cell_states=cell_states, save=save
-    )
+    outputs = _forward(spec, x, h0, c0, weights, lengths, resets, cell_states, save)
     return tuple(or_empty(t, x) for t in outputs)
 
 
 def _kernel_bwd(cell, x, h0, c0, weights, *rest):
     *tensors, num_layers, bidirectional, reverse, needs, limit = rest
     spec = _spec(cell, len(weights), num_layers, bidirectional, reverse, limit)
-    *states, dweights = _backward(spec, x, h0, c0, _views(spec, weights), *tensors, needs=needs)
+    *states, dweights = _backward(spec, x, h0, c0, weights, *tensors, needs=needs)
     return *(or_empty(t, x) for t in states), dweights
 
 
@@ -278,8 +302,8 @@ def _autograd_bwd(cell, *args):
     return dx, dh0, dc0, dweights
 
 
-_OPERATORS = {}
-_BWD_OPERATORS = {}
+_OPERATORS: dict = {}
+_BWD_OPERATORS: dict = {}
 
 
 def _define(cell):
