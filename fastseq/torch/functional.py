@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastseq import _check
 from fastseq._spec import Spec
-from fastseq.torch.ops import run, run_step
+from fastseq.torch.ops import infer_layer, run, run_step
 
 
 def rnn(
@@ -61,7 +61,7 @@ def rnn(
     cell = _rnn_cell_name(nonlinearity)
     spec = _spec("rnn", cell, b_ih, b_hh, reverse, clip_recurrent_grad)
     y, h_n, _, _ = _scan(spec, x, (w_ih, w_hh, b_ih, b_hh), h0, None, lengths, resets)
-    return y, h_n.squeeze(0)
+    return y, h_n
 
 
 def gru(
@@ -113,7 +113,7 @@ def gru(
     """
     spec = _spec("gru", "gru", b_ih, b_hh, reverse, clip_recurrent_grad)
     y, h_n, _, _ = _scan(spec, x, (w_ih, w_hh, b_ih, b_hh), h0, None, lengths, resets)
-    return y, h_n.squeeze(0)
+    return y, h_n
 
 
 def lstm(
@@ -172,7 +172,7 @@ def lstm(
     spec = _spec("lstm", "lstm", b_ih, b_hh, reverse, clip_recurrent_grad)
     weights = (w_ih, w_hh, b_ih, b_hh)
     y, h_n, c_n, c = _scan(spec, x, weights, h0, c0, lengths, resets, return_cell_states)
-    return (y, c) if return_cell_states else y, (h_n.squeeze(0), c_n.squeeze(0))
+    return (y, c) if return_cell_states else y, (h_n, c_n)
 
 
 def rnn_cell(
@@ -293,9 +293,15 @@ def _require_tensors(spec, *arguments):
 
 def _scan(spec, x, weights, h0, c0, lengths, resets, cell_states=False):
     _require_tensors(spec, x, *weights, h0, c0, lengths, resets)
-    h0, c0 = (None if s is None else s.unsqueeze(0) for s in (h0, c0))
+    """y, h_n, c_n, c, the last two None or empty where the cell or the call has none."""
     weights = [w for w in weights if w is not None]
-    return run(spec, x, h0, c0, weights, lengths, resets, cell_states)
+    if lengths is None and resets is None and not cell_states:
+        found = infer_layer(spec, x, h0, c0, weights)
+        if found is not None:
+            return *found, None
+    h0, c0 = (None if s is None else s.unsqueeze(0) for s in (h0, c0))
+    y, h_n, c_n, c = run(spec, x, h0, c0, weights, lengths, resets, cell_states)
+    return y, h_n.squeeze(0), c_n.squeeze(0) if spec.kind.has_c else c_n, c
 
 
 def _step(spec, x, weights, h, c=None):

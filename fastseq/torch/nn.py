@@ -19,7 +19,7 @@ from fastseq._spec import Spec
 from fastseq.torch._weights import PackedWeights
 from fastseq.torch.attention_nn import MultiheadAttention
 from fastseq.torch.linear_scan_nn import MinGRU, MinLSTM
-from fastseq.torch.ops import CELLS, infer, infer_step, run, run_step
+from fastseq.torch.ops import CELLS, infer, infer_layer, run, run_step
 from fastseq.user_cells import Cell
 
 __all__ = [
@@ -309,9 +309,9 @@ class _Cell(torch.nn.Module):
     def _step(self, cell, x, h, c=None):
         """h', c' for x (B, I) or (I,) and states (B, H) or (H,), None for zeros."""
         spec, weights = _STEPS[cell, self.bias], self._weights()
-        found = infer_step(spec, x, h, c, weights, self._packed)
+        found = infer_layer(spec, x, h, c, weights, self._packed, step=True)
         if found is not None:
-            return found
+            return found[1:]
         name = type(self).__name__
         for t, what in ((x, "input"), (h, "hidden"), (c, "hidden")):
             if t is not None and t.dim() not in (1, 2):

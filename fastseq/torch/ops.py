@@ -99,30 +99,35 @@ def infer(spec, x, h0, c0, weights, cache):
     return from_numpy(y), from_numpy(h_n), None if c_n is None else from_numpy(c_n)
 
 
-def infer_step(spec, x, h, c, weights, cache=None):
-    """h', c' of one step, as `infer`: x (B, I), h (B, R) and c (B, H) None for zeros.
+def infer_layer(spec, x, h, c, weights, cache=None, step=False):
+    """As `infer` for one layer in one direction: states (B, .), and for a step x (B, I), y None.
 
-    The axis of time is added and dropped in NumPy, which takes a sixth of what torch does.
+    Axes of one are added and dropped in NumPy, which takes a sixth of what torch does.
     """
     if not _unheard_inference(x, h, c, *weights):
         return None
     try:
         views, packed = _views(spec, weights, cache, pack=True)
+        x = array(x)[None] if step else array(x)
         h, c = None if h is None else array(h)[None], None if c is None else array(c)[None]
-        _, h, c, _, _ = _stack.forward(spec, array(x)[None], h, c, views, packed=packed)
+        y, h, c, _, _ = _stack.forward(spec, x, h, c, views, packed=packed)
     except (TypeError, ValueError):
         return None
-    return from_numpy(h[0]), None if c is None else from_numpy(c[0])
+    return (
+        None if step else from_numpy(y),
+        from_numpy(h[0]),
+        None if c is None else from_numpy(c[0]),
+    )
 
 
 def run_step(spec, x, h, c, weights, cache=None):
     """h', c' of one step: x (B, I), h (B, R) and c (B, H) None for zeros; else as `run`."""
-    found = infer_step(spec, x, h, c, weights, cache)
-    if found is None:
-        x, h, c = (None if t is None else t.unsqueeze(0) for t in (x, h, c))
-        _, *states, _ = run(spec, x, h, c, weights, cache=cache)
-        found = tuple(None if s is None else s.squeeze(0) for s in states)
-    return found
+    found = infer_layer(spec, x, h, c, weights, cache, step=True)
+    if found is not None:
+        return found[1:]
+    x, h, c = (None if t is None else t.unsqueeze(0) for t in (x, h, c))
+    _, *states, _ = run(spec, x, h, c, weights, cache=cache)
+    return tuple(None if s is None else s.squeeze(0) for s in states)
 
 
 def _unheard_inference(*tensors):

@@ -63,5 +63,5 @@ def scan(
     }  # fmt: skip
     spec, weights = spec_of(given)
     y, h_n, c_n, c = _scan(spec, x, weights, h0, c0, lengths, resets, return_cell_states)
-    last = (h_n.squeeze(0), c_n.squeeze(0)) if cell.has_c else h_n.squeeze(0)
+    last = (h_n, c_n) if cell.has_c else h_n
     return ((y, c) if return_cell_states else y), last
