@@ -16,6 +16,7 @@ cdef extern from "tile.h" nogil:
     enum:
         VL
         MAX_ROWS
+        K_BLOCK
         ROW_PANELS
     Py_ssize_t tile_rows(int nv)
     void tile(Py_ssize_t rows, int nv, const real **a, Py_ssize_t k0, Py_ssize_t k1, const real *w,

@@ -2,11 +2,10 @@
 #
 #   c[m][:] (+)= sum_k a[m][k] * w[k][:]        w packed as [panel][K][nv * VL]
 #
-# Blocks: K_BLOCK of k so that a panel's block stays in L2, ROW_BLOCK rows so that their part of `a` does too.
+# Blocks: K_BLOCK of k (tile.h), and ROW_BLOCK rows so that their part of `a` stays in L2.
 # Both are constants, so the order of summation depends on the shapes alone.
 
 cdef enum:
-    K_BLOCK = 512
     ROW_BLOCK = 96
 
 

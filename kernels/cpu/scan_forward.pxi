@@ -119,26 +119,40 @@ cdef void forward_row(Forward *f, real *gates) noexcept nogil:
         panel += n
 
 
+cdef void forward_tiles(Forward *f, Py_ssize_t panel, Py_ssize_t k0, Py_ssize_t k1, Py_ssize_t i,
+                        Py_ssize_t end) noexcept nogil:
+    """GATES += h_{t-1} W_hh' of rows i : end, one panel, columns k0:k1 of the state."""
+    cdef const Shape *s = &f.part.job.shape
+    cdef Py_ssize_t width = s.nv * VL, left = ceil_div(end - i, tile_rows(s.nv)), n
+    cdef Py_ssize_t col = (panel * s.units * s.cell.planes + s.cell.planes - s.cell.gates) * VL
+    cdef const real *w = f.part.job.packed + f.at.w_hh + (panel * state_columns(s) + k0) * width
+    while left > 0:
+        n = ceil_div(end - i, left)
+        tile(n, s.nv, <const real **>f.rows.row[H_PREV] + i, k0, k1, w, NULL, f.rows.row[GATES] + i, col)
+        i += n
+        left -= 1
+
+
 cdef void forward_step(Forward *f, real **gates, Py_ssize_t active) noexcept nogil:
-    cdef Job *job = f.part.job
-    cdef const Shape *s = &job.shape
-    cdef Py_ssize_t K = state_columns(s), width = s.nv * VL, most = tile_rows(s.nv), panel, i, n, left, col
-    cdef Py_ssize_t first_plane = (s.cell.planes - s.cell.gates) * VL
-    cdef const real **h_prev = <const real **>f.rows.row[H_PREV]
+    """All of a step, panel by panel. The cell follows the last block of k a few tiles at a time, while they are in
+    L1; a call for every tile would cost more than the cell of 3 vectors."""
+    cdef const Shape *s = &f.part.job.shape
+    cdef Py_ssize_t K = state_columns(s), most = tile_rows(s.nv), group = MAX_ROWS // most * most, panel, k0, i, end
     f.rows.row[GATES] = gates
     if active == 1:
         forward_row(f, gates[0])
         return
     for panel in range(f.p0, f.p1):
-        col = panel * s.units * s.cell.planes * VL + first_plane
+        k0 = 0
+        while k0 + K_BLOCK < K:
+            forward_tiles(f, panel, k0, k0 + K_BLOCK, 0, active)
+            k0 += K_BLOCK
         i = 0
-        left = ceil_div(active, most)
-        while left > 0:
-            n = ceil_div(active - i, left)
-            tile(n, s.nv, h_prev + i, 0, K, job.packed + f.at.w_hh + panel * K * width, NULL, gates + i, col)
-            call_cell(&f.part, &f.rows, i, n, panel * s.units * VL, s.units * VL, NULL, True)
-            i += n
-            left -= 1
+        while i < active:
+            end = imin(i + group, active)
+            forward_tiles(f, panel, k0, K, i, end)
+            call_cell(&f.part, &f.rows, i, end - i, panel * s.units * VL, s.units * VL, NULL, True)
+            i = end
 
 
 cdef void forward_projection(Forward *f, Py_ssize_t active) noexcept nogil:
