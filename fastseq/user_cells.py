@@ -21,6 +21,7 @@ from fastseq.kernels.numba.trace import Graph, Node, Value, definition, needed, 
 from fastseq.recurrent import _one
 
 MAX_GATES = 4  # products per unit that the kernels' tiles hold
+MAX_PARAMS = 8  # cells.h
 STATES = ("h", "c")
 
 
@@ -196,9 +197,8 @@ def _planes(function, arguments, params, split, recurrent) -> tuple[str, ...]:
     count = len(gates) + bool(split)
     if not 1 <= count <= MAX_GATES:
         refuse(ValueError, f"it must have 1 to {MAX_GATES} gates, got {count}: {gates + split}")
-    most = _dispatch.kernels("recurrent", np.dtype(np.float32)).tile_layout()["max_params"]
-    if len(params) > most:
-        refuse(ValueError, f"it must have at most {most} params, got {len(params)}")
+    if len(params) > MAX_PARAMS:
+        refuse(ValueError, f"it must have at most {MAX_PARAMS} params, got {len(params)}")
     return (split[0], *gates, split[1]) if split else gates
 
 
