@@ -13,6 +13,7 @@ from torch.nn.utils import prune  # noqa: E402
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence  # noqa: E402
 
 import fastseq.torch.nn as fnn  # noqa: E402
+from fastseq.torch import cells_nn, recurrent_nn  # noqa: E402
 
 I, H, T, B = 5, 4, 7, 3  # noqa: E741
 KINDS = {
@@ -284,7 +285,7 @@ def test_inference_goes_the_short_way_to_the_bits_of_training(name, options, giv
     x = torch.randn(T, B, I, dtype=torch.float64)
     hx = hx_for(module, name, (B if not module.batch_first else T,)) if given else None
     expected = [t.detach() for t in flat(module(x, hx))]
-    monkeypatch.delattr(fnn._Recurrent, "_forward_checked")
+    monkeypatch.delattr(recurrent_nn.Layers, "_forward_checked")
     with torch.no_grad():
         for _ in range(2):
             found = flat(module(x, hx))
@@ -552,7 +553,7 @@ def test_a_step_of_inference_goes_the_short_way(name, options, given, monkeypatc
     module, _ = pair(name, options)
     x, hx = torch.randn(B, I, dtype=torch.float64), states(name, B, H) if given else None
     expected = [t.detach() for t in flat(module(x, hx))]
-    monkeypatch.setattr(fnn, "run_step", None)
+    monkeypatch.setattr(cells_nn, "run_step", None)
     with torch.no_grad():
         assert all(map(torch.equal, flat(module(x, hx)), expected))
 

@@ -1,0 +1,80 @@
+"""A cell of the user's own as a module."""
+
+import torch
+
+from fastseq.torch.recurrent_nn import Layers
+from fastseq.user_cells import Cell
+
+
+class Recurrent(Layers):
+    """A cell of your own over T steps: stacked layers, one or two directions, as torch.nn's.
+
+        a = W_ih x + b_ih + W_hh h + b_hh        h', c' = cell(a_1, ..., a_G, h, c, params)
+
+    Its parameters are named as torch.nn.LSTM's; those per unit are params_l0 (N, H) and so on. All
+    are drawn from U(-1/sqrt(H), 1/sqrt(H)).
+
+    Args:
+        cell: what `fastseq.cell` made.
+        input_size: I.
+        hidden_size: H.
+        num_layers: how many, each the input of the next.
+        bias: whether there are b_ih and b_hh.
+        batch_first: input and output are (B, T, .), not (T, B, .).
+        dropout: probability in training, between layers.
+        bidirectional: a second direction, whose output is appended.
+        clip_recurrent_grad: `fastseq.torch.scan`.
+        device: of the parameters: the cell runs on the CPU only.
+        dtype: float32 or float64.
+
+    Raises:
+        TypeError: cell was not made by `fastseq.cell`. ValueError: a size or probability is out of
+            range. forward: as torch.nn.LSTM.
+
+    Equivalent to: a loop over time around `cell`. Accuracy, Cost, Source: `fastseq.cell`.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        clip_recurrent_grad: float | None = None,
+        device=None,
+        dtype=None,
+    ):
+        if not isinstance(cell, Cell):
+            raise TypeError(f"Recurrent: cell must be made by fastseq.cell, got {cell!r}")
+        # torch.nn's constructor knows its own cells only: the plain one checks and sets the rest
+        options = num_layers, bias, batch_first, dropout, bidirectional
+        super().__init__("RNN_TANH", input_size, hidden_size, *options, device="meta")
+        self._specify(cell.key, clip_recurrent_grad)
+        self.mode, self.cell, shapes = cell.op, cell, self._shapes(cell)
+        for name in list(self._parameters):
+            delattr(self, name)
+        layers, names = range(num_layers), self._spec.names
+        suffixes = [f"_l{k}{d}" for k in layers for d in ("", "_reverse")[: 1 + bidirectional]]
+        rename = {"w_ih": "weight_ih", "w_hh": "weight_hh", "b_ih": "bias_ih", "b_hh": "bias_hh"}
+        self._all_weights = [[rename.get(n, n) + suffix for n in names] for suffix in suffixes]
+        self._flat_weights_names = [name for part in self._all_weights for name in part]
+        for index, part in enumerate(self._all_weights):
+            for name, parameter in zip(names, part, strict=True):
+                made = torch.empty(shapes(name, index), device=device, dtype=dtype)
+                self.register_parameter(parameter, torch.nn.Parameter(made))
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def _shapes(self, cell):
+        def shape(name, index):
+            G, H, D = cell.gates, self.hidden_size, 1 + self.bidirectional
+            below = self.input_size if index < D else D * H
+            weights = {"w_ih": (G * H, below), "w_hh": (G * H, H), "params": (cell.params, H)}
+            return weights.get(name, (G * H,))
+
+        return shape
