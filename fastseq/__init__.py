@@ -8,6 +8,7 @@ from fastseq.info import show_config
 from fastseq.linear_scan import linear_scan, min_gru, min_lstm
 from fastseq.position import alibi_slopes, rotary, sinusoidal_positions
 from fastseq.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from fastseq.score_mods import score_mod
 from fastseq.training import clip_grad_norm_, clip_grad_value_, gradient_flow, tbptt
 from fastseq.user_cells import cell, scan
 from fastseq.vjp import vjp
@@ -37,6 +38,7 @@ __all__ = [
     "rnn_cell",
     "rotary",
     "scan",
+    "score_mod",
     "set_num_threads",
     "show_config",
     "sinusoidal_positions",

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastseq import _check, _dispatch
+from fastseq import _check, _dispatch, score_mods
 from fastseq._arrays import elements, rows
 from fastseq.kernels.cpu.contract import CAUSAL, NO_LIMIT, Attention
 
@@ -36,6 +36,7 @@ class Options:
     alibi_slopes: Any = None
     dropout_p: float = 0.0
     seed: int | None = None
+    score_mod: score_mods.ScoreMod | None = None
     cu_seqlens_q: Any = None  # both: rows are packed
     cu_seqlens_k: Any = None
 
@@ -166,6 +167,7 @@ def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> Attention:
         )
     left, right = _window(op, given.window)
     seed, threshold, keep_scale = _dropout(op, given.dropout_p, given.seed)
+    score_mod = score_mods.found(op, given.score_mod)
     if not isinstance(given.causal, bool | np.bool_ | str) or given.causal not in CAUSAL:
         expected = "a bool, 'top_left' or 'bottom_right'"
         raise ValueError(f"{op}: causal must be {expected}, got {given.causal!r}")
@@ -191,6 +193,7 @@ def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> Attention:
         seed=seed,
         threshold=threshold,
         keep_scale=keep_scale,
+        score_mod=None if score_mod is None else score_mod.compiled(q.dtype),
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from fastseq import _attend, _check, _dispatch
 from fastseq._arrays import contiguous
 from fastseq._attend import Array, Options
+from fastseq.score_mods import ScoreMod
 
 
 def attention(
@@ -22,6 +23,7 @@ def attention(
     kv_lengths: Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
     alibi_slopes: Array | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
@@ -30,6 +32,7 @@ def attention(
     """Softmax attention; the scores never exist as a whole.
 
         s_ij = scale * q_i . k_j        then softcap * tanh(s_ij / softcap) if there is one
+        s_ij = score_mod(s_ij, b, h, i, j) if there is one
         s_ij = s_ij - slope_h * |i + offset - j| + bias_ij
         lse_i = log sum_j exp(s_ij)      o_i = sum_j exp(s_ij - lse_i) v_j      over the allowed j
 
@@ -47,6 +50,7 @@ def attention(
         kv_lengths: (B,) integers in 0..S, or None: all S. Keys past it are not read.
         scale: of the products; None: 1 / sqrt(D).
         softcap: a bound on the scores, or None.
+        score_mod: a function of the scores made by `fastseq.score_mod`, or None.
         alibi_slopes: (NH,) or (B, NH), see `alibi_slopes`, or None.
         dropout_p: probability in 0..1 with which a weight is dropped, the others are scaled up.
         seed: integer, required if dropout_p > 0; a weight's fate follows from it, b, h, i, j.
@@ -70,7 +74,7 @@ def attention(
     """
     given = Options(
         mask, bias, causal, window, q_lengths, kv_lengths,
-        scale, softcap, alibi_slopes, dropout_p, seed,
+        scale, softcap, alibi_slopes, dropout_p, seed, score_mod,
     )  # fmt: skip
     o, lse = _attend.forward("attention", q, k, v, given)
     return (o, lse) if return_lse else o
@@ -87,6 +91,7 @@ def attention_varlen(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
     alibi_slopes: Array | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
@@ -106,6 +111,7 @@ def attention_varlen(
         window: as `attention`.
         scale: as `attention`.
         softcap: as `attention`.
+        score_mod: as `attention`.
         alibi_slopes: (NH,) or (B, NH), or None.
         dropout_p: as `attention`; the same weights are dropped as in the padded form.
         seed: as `attention`.
@@ -124,8 +130,9 @@ def attention_varlen(
     Source: as `attention`.
     """
     given = Options(
-        causal=causal, window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p, seed=seed, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        causal=causal, window=window, scale=scale, softcap=softcap, score_mod=score_mod,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p, seed=seed,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     o, lse = _attend.forward("attention_varlen", q, k, v, given)
     return (o, lse) if return_lse else o

@@ -14,6 +14,7 @@ from problems import Drawn, Result, cast
 
 from fastseq.reference import attention as reference
 
+TORCH_MODS = {}  # of a score_mod, the same function for tensors: score_mod_problems.py
 SEED = 0x9E1D_5C3A_7B24_F806  # above 2^63: every bit of the seed is used
 
 # Fields of an AttentionProblem: each option alone, and one with all of them
@@ -190,6 +191,10 @@ def _torch_attention(leaves, options):
     s = q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
+    if options.get("score_mod") is not None:
+        B, NH, L, S = (torch.arange(n, dtype=q.dtype) for n in s.shape)
+        at = (B[:, None, None, None], NH[:, None, None], L[:, None], S)
+        s = TORCH_MODS[options["score_mod"]](s, *at)
     diagonal, allowed = _torch_geometry(*s.shape[::2], s.shape[3], options)
     if options.get("alibi_slopes") is not None:
         slopes = torch.tensor(options["alibi_slopes"], dtype=q.dtype)[..., None, None]

@@ -2,6 +2,7 @@
 
     s_ij = scale * q_i . k_j                              scale: 1 / sqrt(D) unless given
     s_ij = softcap * tanh(s_ij / softcap)                 if softcap is given
+    s_ij = score_mod(s_ij, b, h, i, j)                    if there is one; b, h, i, j as numbers
     s_ij = s_ij - slope_h * |i + offset - j|              if alibi_slopes are given
     s_ij = s_ij + bias_ij                                 if a bias is given
     lse_i = log sum_j exp(s_ij)                           natural, over the allowed keys j of i
@@ -25,14 +26,17 @@ where offset = kv_lengths[b] - q_lengths[b] for "bottom_right", and 0 for everyt
 
 Pairs that are not allowed take no part: NaN or infinity in their q, k, v or do reaches nothing
 through them. A row with no allowed key, or whose scores are all -inf, has o = 0, lse = -inf, and
-gives no gradient to anything. Any float dtype; everything is computed in that of q.
+gives no gradient to anything. Any float dtype; everything is computed in that of q. The derivative
+of score_mod is taken by the complex step, see `user_cells.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
+STEP = 1e-100  # of the complex step
 _CAUSAL = {False: False, True: True, "top_left": True, "bottom_right": True}
 
 
@@ -51,6 +55,7 @@ class Options:
     alibi_slopes: np.ndarray | None = None
     dropout_p: float = 0.0
     seed: int | None = None
+    score_mod: Callable | None = None
     sequence: int = 0
 
 
@@ -108,7 +113,7 @@ def _pairs(B, L, S, a):
 
 
 def _scores(q, k, a, scale):
-    """s, allowed, and the derivative of the softcap, which is 1 without one: (B, NH, L, S)."""
+    """s, allowed, and the derivative of softcap and score_mod, 1 without them: (B, NH, L, S)."""
     s = scale * (q @ k.swapaxes(-1, -2))
     distance, allowed = _pairs(*s.shape[::2], s.shape[3], a)
     cap_slope = np.ones_like(s)
@@ -116,6 +121,9 @@ def _scores(q, k, a, scale):
         softcap = s.dtype.type(a.softcap)
         t = np.tanh(s / softcap)
         s, cap_slope = softcap * t, 1 - t**2
+    if a.score_mod is not None:
+        s, mod_slope = _modified(s, a)
+        cap_slope = cap_slope * mod_slope
     if a.alibi_slopes is not None:
         slopes = np.asarray(a.alibi_slopes, s.dtype)[..., None, None]
         s = s - slopes * np.abs(distance).astype(s.dtype)
@@ -125,6 +133,16 @@ def _scores(q, k, a, scale):
     if a.mask is not None:
         allowed = allowed & a.mask
     return s, np.broadcast_to(allowed, s.shape), cap_slope
+
+
+def _modified(s, a):
+    """score_mod of the scores, and its derivative by them."""
+    B, NH, L, S = (np.arange(n, dtype=s.dtype) for n in s.shape)
+    at = (B[:, None, None, None] + a.sequence, NH[:, None, None], L[:, None], S)
+    slope = np.imag(a.score_mod(s + 1j * STEP, *at)) / STEP
+    return tuple(
+        np.broadcast_to(np.asarray(r, s.dtype), s.shape) for r in (a.score_mod(s, *at), slope)
+    )
 
 
 def _softmax(s, allowed):
@@ -218,6 +236,7 @@ def attention(
     alibi_slopes=None,
     dropout_p=0.0,
     seed=None,
+    score_mod=None,
 ):
     """o_i = sum_j p_ij v_j, p = softmax(scale * q k^T ...): the module's equations. Returns o, lse.
 
@@ -235,6 +254,7 @@ def attention(
         alibi_slopes,
         dropout_p,
         seed,
+        score_mod,
     )
     o, lse, _ = _attention_fwd(q, k, v, a)
     return o, lse

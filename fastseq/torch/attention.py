@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastseq import score_mods
+from fastseq.score_mods import ScoreMod
 from fastseq.torch._tensors import FLOATS
 from fastseq.torch.attention_ops import TENSORS, run
 
@@ -28,6 +30,7 @@ def attention(
     kv_lengths: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
@@ -36,6 +39,7 @@ def attention(
     """Softmax attention; the scores never exist as a whole.
 
         s_ij = scale * q_i . k_j        then softcap * tanh(s_ij / softcap) if there is one
+        s_ij = score_mod(s_ij, b, h, i, j) if there is one
         s_ij = s_ij - slope_h * |i + offset - j| + bias_ij
         lse_i = log sum_j exp(s_ij)      o_i = sum_j exp(s_ij - lse_i) v_j      over the allowed j
 
@@ -53,6 +57,7 @@ def attention(
         kv_lengths: (B,) integers in 0..S, or None: all S. Keys past it are not read.
         scale: of the products; None: 1 / sqrt(D).
         softcap: a bound on the scores, or None.
+        score_mod: a function of the scores made by `fastseq.score_mod`, or None.
         alibi_slopes: (NH,) or (B, NH), see `alibi_slopes`, or None; they have no gradient.
         dropout_p: probability in 0..1 with which a weight is dropped, the others are scaled up.
         seed: integer, or an int64 tensor of one; a weight's fate follows from it, b, h, i, j.
@@ -80,7 +85,7 @@ def attention(
     drawn = _seed(op, dropout_p, seed)
     tensors = (bias, mask, q_lengths, kv_lengths, alibi_slopes, drawn)  # as TENSORS[op]
     _require_tensors(op, q, k, v, tensors)
-    numbers = _numbers(op, causal, window, scale, softcap, dropout_p)
+    numbers = _numbers(op, causal, window, scale, softcap, dropout_p, score_mod)
     o, lse = run(op, q, k, v, tensors, numbers)
     return (o, lse) if return_lse else o
 
@@ -96,6 +101,7 @@ def attention_varlen(
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
@@ -115,6 +121,7 @@ def attention_varlen(
         window: as `attention`.
         scale: as `attention`.
         softcap: as `attention`.
+        score_mod: as `attention`.
         alibi_slopes: (NH,) or (B, NH), or None.
         dropout_p: as `attention`; the same weights are dropped as in the padded form.
         seed: as `attention`.
@@ -137,7 +144,7 @@ def attention_varlen(
     drawn = _seed(op, dropout_p, seed)
     tensors = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, drawn)  # as TENSORS[op]
     _require_tensors(op, q, k, v, tensors)
-    numbers = _numbers(op, causal, window, scale, softcap, dropout_p)
+    numbers = _numbers(op, causal, window, scale, softcap, dropout_p, score_mod)
     o, lse = run(op, q, k, v, tensors, numbers)
     return (o, lse) if return_lse else o
 
@@ -213,7 +220,7 @@ def _require_tensors(op, q, k, v, tensors):
             _require_tensor(op, name, a)
 
 
-def _numbers(op, causal, window, scale, softcap, dropout_p):
+def _numbers(op, causal, window, scale, softcap, dropout_p, score_mod):
     """The operators' numbers, in the order of attention_ops.NUMBERS."""
     if causal not in _CAUSAL:
         expected = "a bool, 'top_left' or 'bottom_right'"
@@ -222,7 +229,9 @@ def _numbers(op, causal, window, scale, softcap, dropout_p):
         expected = "(left, right) of integers or None"
         raise ValueError(f"{op}: window must be {expected}, got {window!r}")
     left, right = window or (None, None)
-    return _CAUSAL[causal], left, right, scale, softcap, dropout_p
+    mod = score_mods.found(op, score_mod)
+    key = None if mod is None else mod.key
+    return _CAUSAL[causal], left, right, scale, softcap, dropout_p, key
 
 
 def _seed(op, dropout_p, seed):

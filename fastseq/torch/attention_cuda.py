@@ -71,7 +71,9 @@ def _call(op, tensors, numbers):
                 _integers(op, name, a, "B,", (B,), q.device)
     NH, L, D = q.shape[1:]
     NK, S, DV = v.shape[1:]
-    causal, left, right, scale, softcap, dropout_p = numbers
+    causal, left, right, scale, softcap, dropout_p, score_mod = numbers
+    if score_mod is not None:
+        raise NotImplementedError(f"{op}: score_mod runs on the CPU only, got q on {q.device}")
     left, right = _attend._window(op, (left, right))
     seed = tensors.get("seed")
     seed, threshold, keep_scale = _attend._dropout(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastseq import score_mods
 from fastseq.torch.attention import attention
 
 
@@ -23,13 +24,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       torch.nn would hide those keys;
     - masks of different dtypes go together without a warning.
 
-    Args: those of torch.nn.MultiheadAttention in its order.
+    Args: those of torch.nn.MultiheadAttention in its order, and by name score_mod: a function of
+        the scores made by `fastseq.score_mod`, or None; the masks follow on its result, and
+        need_weights must be False with it.
     Raises: AssertionError, RuntimeError, ValueError where torch.nn.MultiheadAttention raises them;
         TypeError for parameters that are not float32 or float64 on the CPU.
     Equivalent to: torch.nn.MultiheadAttention(*args, **kwargs).
     Accuracy, Source: `fastseq.torch.attention`. Cost: that, and 2 E (E + kdim + vdim + E) FLOP a
         row in torch.nn.functional.linear.
     """
+
+    def __init__(self, *args, score_mod: score_mods.ScoreMod | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.score_mod = score_mods.found("MultiheadAttention", score_mod)
 
     def forward(
         self,
@@ -63,6 +70,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             raise AssertionError("MultiheadAttention does not support NestedTensor")
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+        if need_weights and self.score_mod is not None:
+            raise ValueError("MultiheadAttention: need_weights must be False with a score_mod")
         alike = 3 if query is key and key is value else 2 if key is value else 1
         rows = 1 if self.batch_first and batched else 0  # the axis of L and S
         if not batched:
@@ -77,7 +86,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if need_weights:
             o, weights = _attend_with_weights(q, k, v, mask, bias, p)
         else:
-            o, weights = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=p), None
+            mod = self.score_mod
+            o = attention(
+                q, k, v, mask=mask, bias=bias, causal=causal, score_mod=mod, dropout_p=p
+            )  # fmt: skip
+            weights = None
         o = (o.transpose(1, 2) if rows else o.permute(2, 0, 1, 3)).flatten(2)
         output = F.linear(o, self.out_proj.weight, self.out_proj.bias)
         if weights is not None and average_attn_weights:

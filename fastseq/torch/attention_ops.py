@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from fastseq import _attend
 from fastseq._attend import Options
+from fastseq.score_mods import SCORE_MODS
 from fastseq.torch import attention_cuda
 from fastseq.torch._tensors import (
     FLOATS,
@@ -53,6 +54,7 @@ NUMBERS = {
     "scale": "float?",
     "softcap": "float?",
     "dropout_p": "float",
+    "score_mod": "str?",  # a key of SCORE_MODS
 }
 
 
@@ -80,13 +82,14 @@ def run(op, q, k, v, tensors, numbers):
 
 
 def _options(op, tensors, numbers):
-    causal, left, right, scale, softcap, dropout_p = numbers
+    causal, left, right, scale, softcap, dropout_p, score_mod = numbers
     given = Options(
         causal=causal or False,
         window=(left, right),
         scale=scale,
         softcap=softcap,
         dropout_p=dropout_p,
+        score_mod=None if score_mod is None else SCORE_MODS[score_mod],
     )
     for name, tensor in zip(TENSORS[op], tensors, strict=True):
         if tensor is not None:

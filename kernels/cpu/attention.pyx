@@ -18,7 +18,16 @@ cdef extern from "attention.h" nogil:
                        const real *w, Py_ssize_t K, Py_ssize_t N, real **c)
     bint pack_panels(const real *src, Py_ssize_t ld, Py_ssize_t K, Py_ssize_t N, real scale, real *dst)
     void pack_keys(const real *src, Py_ssize_t ld, Py_ssize_t keys, Py_ssize_t D, real *dst)
+    enum:
+        MOD_KEYS
+    ctypedef struct ScoreTile:
+        pass
+    ctypedef void (*ScoreFn)(const ScoreTile *) noexcept nogil
+    ctypedef struct ScoreMod:
+        ScoreFn forward, backward
     ctypedef struct RowOptions:
+        const ScoreMod *mod
+        Py_ssize_t b, h, i
         real softcap, slope
         Py_ssize_t center
         const real *bias

@@ -33,7 +33,7 @@ cdef struct Backward:               # one thread's
     Limits *limit                   # SEGMENT
     real *weights                   # (BACK_ROWS, BACK_ROW): P
     real *ds                        # dP, then dS
-    real *factor                    # of the softcap
+    real *factor                    # of the softcap and the user's function of the scores
     real *zero                      # PANEL
     Limits at[BACK_ROWS]
     RowOptions options[BACK_ROWS]
@@ -50,6 +50,11 @@ cdef inline Py_ssize_t slabs(const Problem *p, Py_ssize_t b) noexcept nogil:
 cdef inline real *dq_part(const Backward *g, Py_ssize_t b, Py_ssize_t slab, Py_ssize_t h, Py_ssize_t i) noexcept nogil:
     cdef const Problem *p = g.p
     return g.dq_parts + g.part_first[b] + ((slab * p.NH + h) * p.q_len[b] + i) * round_up(p.D)
+
+
+cdef inline bint has_factor(const Problem *p) noexcept nogil:
+    """Whether a score is more than its product and terms added to it."""
+    return p.softcap != 0 or p.mod.forward != NULL
 
 
 cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
@@ -70,7 +75,7 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     g.limit = <Limits *>take(arena, rows * sizeof(Limits))
     g.weights = <real *>take(arena, BACK_ROWS * BACK_ROW * real_bytes)
     g.ds = <real *>take(arena, BACK_ROWS * BACK_ROW * real_bytes)
-    g.factor = <real *>take(arena, (BACK_ROWS * BACK_ROW if p.softcap != 0 else 0) * real_bytes)
+    g.factor = <real *>take(arena, (BACK_ROWS * BACK_ROW if has_factor(p) else 0) * real_bytes)
     g.zero = <real *>take(arena, PANEL * real_bytes)
 
 
@@ -110,7 +115,7 @@ cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py
     cdef const Limits *at = &g.at[r]
     cdef real *w = g.weights + r * BACK_ROW
     cdef real *ds = g.ds + r * BACK_ROW
-    cdef real *factor = g.factor + r * BACK_ROW if p.softcap != 0 else NULL
+    cdef real *factor = g.factor + r * BACK_ROW if has_factor(p) else NULL
     cdef real lse = of_query(p, &p.lse, b, h, i)[0]
     cdef View *db = <View *>&p.dbias
     if at.lo >= at.hi or lse == -INFINITY:

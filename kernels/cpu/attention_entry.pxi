@@ -22,6 +22,9 @@ cdef Problem problem_of(object a) except *:
     p.causal, p.left, p.right, p.scale, p.softcap = a.causal, a.left, a.right, a.scale, a.softcap
     p.slopes, p.mask, p.bias = view(a.alibi_slopes), view(a.mask), view(a.bias)
     p.seed, p.threshold, p.keep_scale = a.seed, a.threshold, a.keep_scale
+    if a.score_mod is not None:
+        p.mod.forward = <ScoreFn><size_t>a.score_mod.forward
+        p.mod.backward = <ScoreFn><size_t>a.score_mod.backward
     cdef bint packed = a.q_first is not None
     p.q, p.k, p.v = heads_of(a.q, packed), heads_of(a.k, packed), heads_of(a.v, packed)
     p.o, p.lse = heads_of(a.o, packed), heads_of(a.lse, packed)
@@ -174,3 +177,13 @@ def forward(arrays, int threads):
 def backward(arrays, int threads):
     """Fill dq, dk and dv, and add to dbias, from o, lse, do and dlse."""
     run(arrays, threads, True)
+
+
+def score_layout():
+    """How compiled code finds its way in a ScoreTile of attention_scores.h: words of 8 bytes, functions by name."""
+    return {
+        "lanes": VL,
+        "max_keys": MOD_KEYS,
+        "words": {name: k for k, name in enumerate("score factor blocks b h i j functions".split())},
+        "functions": {name: k for k, name in enumerate(("exp", "tanh", "sigmoid"))},
+    }

@@ -21,6 +21,7 @@ cdef struct Problem:
     uint64_t seed
     uint32_t threshold
     real keep_scale
+    ScoreMod mod                    # a user's function of the scores; NULLs: none
     Heads q, k, v, o, lse
     Heads d_o, dlse, dq, dk, dv     # backward
 
@@ -58,6 +59,8 @@ cdef inline void limits(const Problem *p, Py_ssize_t b, Py_ssize_t i, Py_ssize_t
 cdef void row_options(const Problem *p, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i, RowOptions *o) noexcept nogil:
     memset(o, 0, sizeof(RowOptions))
     o.softcap = p.softcap
+    if p.mod.forward != NULL:
+        o.mod, o.b, o.h, o.i = &p.mod, b, h, i
     if p.slopes.data != NULL:
         o.slope = p.slopes.data[b * p.slopes.stride[0] + h * p.slopes.stride[1]]
         o.center = i + diagonal(p, b)

@@ -6,10 +6,30 @@
 #ifndef FASTSEQ_ATTENTION_SCORES_H
 #define FASTSEQ_ATTENTION_SCORES_H
 
+#include "functions.h"
 #include "tile.h"
 #include <math.h>
 
+enum { MOD_KEYS = 256 }; /* scores that a user's function gets at once: its copies of them stay in L1 */
+
+/* What a user's compiled function of the scores gets; `score_layout` tells it to Python. */
 typedef struct {
+    real *score;           /* whole vectors, changed in place */
+    real *factor;          /* backward: gets d score after / d score before */
+    intptr_t blocks;       /* vectors */
+    intptr_t b, h, i, j;   /* batch row, query head, query, first key */
+    const Functions *functions;
+} ScoreTile;
+
+typedef void (*ScoreFn)(const ScoreTile *);
+
+typedef struct {
+    ScoreFn forward, backward; /* NULL: none */
+} ScoreMod;
+
+typedef struct {
+    const ScoreMod *mod;   /* a user's function of the scores; NULL: none */
+    intptr_t b, h, i;      /* of the row, for it */
     real softcap;          /* 0: none */
     real slope;            /* ALiBi: - slope * |j - center|; 0: none */
     intptr_t center;
@@ -119,7 +139,7 @@ INLINE vec biased(vec x, vec bias) { return choose(bias == NEGATIVE_INFINITY, NE
 
 /* One vector of scores with everything that is added to them; `edge`: some of its keys are outside [lo, hi). */
 INLINE vec finished(const RowOptions *o, vec x, intptr_t j, intptr_t lo, intptr_t hi, int edge, real *factor) {
-    if (o->softcap != 0) {
+    if (o->softcap != 0 && !o->mod) {
         vec t = tanh_(x / o->softcap);
         x = t * o->softcap;
         if (factor)
@@ -155,13 +175,39 @@ INLINE intptr_t whole_vectors(const RowOptions *o, real *s, intptr_t j, intptr_t
     return j;
 }
 
+/* The softcap and the user's function on the whole vectors that hold keys lo : hi. */
+static __attribute__((noinline, unused)) void modify_scores(const RowOptions *o, real *s, intptr_t j0, intptr_t lo,
+                                                            intptr_t hi, real *factor) {
+    real slope[MOD_KEYS];
+    for (intptr_t j = lo - (lo - j0) % VL; j < hi; j += MOD_KEYS) {
+        intptr_t vectors = (hi - j + VL - 1) / VL, n;
+        ScoreTile t = {s + (j - j0), slope, vectors < MOD_KEYS / VL ? vectors : MOD_KEYS / VL, o->b, o->h, o->i, j,
+                       &functions};
+        n = t.blocks * VL;
+        if (factor)
+            for (intptr_t k = 0; k < n; k += VL)
+                store(factor + (j - j0) + k, broadcast(1));
+        for (intptr_t k = 0; k < n && o->softcap != 0; k += VL) {
+            vec c = tanh_(load(t.score + k) / o->softcap);
+            store(t.score + k, c * o->softcap);
+            if (factor)
+                store(factor + (j - j0) + k, 1 - c * c);
+        }
+        (factor ? o->mod->backward : o->mod->forward)(&t);
+        for (intptr_t k = 0; k < n && factor; k += VL)
+            store(factor + (j - j0) + k, load(factor + (j - j0) + k) * load(slope + k));
+    }
+}
+
 /* Scores of keys lo : hi to their final values, -inf where a pair may not attend; s is key j0's place. Only whole
- * vectors that hold a key of [lo, hi) are written. `factor`: NULL, or gets d score / d product of the softcap. Returns
- * the largest score, NaN where there is no other. */
+ * vectors that hold a key of [lo, hi) are written. `factor`: NULL, or gets d score / d product of the softcap and the
+ * user's function. Returns the largest score, NaN where there is no other. */
 static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, intptr_t j0, intptr_t lo, intptr_t hi,
                                                   real *factor) {
     vec most[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
-    int simple = o->softcap == 0 && o->slope == 0 && !o->masked && (!o->bias || o->bias_j == 1);
+    if (o->mod)
+        modify_scores(o, s, j0, lo, hi, factor);
+    int simple = (o->softcap == 0 || o->mod) && o->slope == 0 && !o->masked && (!o->bias || o->bias_j == 1);
     intptr_t j = lo - (lo - j0) % VL;
     s -= j0;
     if (factor)

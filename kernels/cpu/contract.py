@@ -31,6 +31,14 @@ class CompiledCell:
     backward: int
 
 
+@dataclass(frozen=True, slots=True)
+class CompiledScoreMod:
+    """A function of the scores: callbacks `void mod(const ScoreTile *)` of attention_scores.h."""
+
+    forward: int  # changes the scores
+    backward: int  # and gives the derivative by the score
+
+
 @dataclass(slots=True)
 class Scan:
     """One direction of one layer. R = P with a projection (P > 0), else R = H.
@@ -96,6 +104,7 @@ class Attention:
     seed: int
     threshold: int  # of dropout: a pair is dropped if its 32 bits are below it
     keep_scale: float
+    score_mod: CompiledScoreMod | None = None
     do: Any = None  # backward: as o
     dlse: Any = None  # as lse, or None: zeros
     dq: Any = None
