@@ -45,7 +45,7 @@ def documents(score, b, h, q_idx, kv_idx):
 
 @fastseq.score_mod
 def positions(score, b, h, q_idx, kv_idx):
-    return kv_idx / 8
+    return -kv_idx / 8
 
 
 @fastseq.score_mod
@@ -73,7 +73,7 @@ TORCH_MODS |= {
     gated: _gated,
     sliding: _sliding,
     documents: _documents,
-    positions: lambda s, b, h, i, j: (j / 8).expand(s.shape) + 0 * s,
+    positions: lambda s, b, h, i, j: (-j / 8).expand(s.shape) + 0 * s,
     same: lambda s, b, h, i, j: s,
 }
 MODS = {mod.function.__name__: mod for mod in TORCH_MODS}
