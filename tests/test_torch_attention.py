@@ -90,7 +90,7 @@ def operator_arguments(requires_grad=True, **replaced):
     problem = AttentionProblem(**CASES["all"])
     leaves, options = leaves_of(problem, requires_grad), options_of(problem)
     left, right = options.pop("window")
-    given = leaves | options | {"left": left, "right": right}
+    given = leaves | options | {"left": left, "right": right, "score_mod": None}
     given["seed"] = torch.tensor(7)
     order = ("q", "k", "v", *attention_ops.TENSORS["attention"], *attention_ops.NUMBERS)
     return tuple((given | replaced)[name] for name in order)
@@ -244,13 +244,13 @@ def test_empty_sizes(sizes):
 
 
 def packed_arguments(grad):
-    numbers = ("top_left", None, 2, 0.5, None, 0.2)
+    numbers = ("top_left", None, 2, 0.5, None, 0.2, None)
     return "attention_varlen", (*varlen_arguments(grad), None, torch.tensor(3), *numbers)
 
 
 OPERATORS = {
     "all": lambda grad: ("attention", operator_arguments(grad)),
-    "plain": lambda grad: ("attention", (*operator_arguments(grad)[:3], *(None,) * 11, 0.0)),
+    "plain": lambda grad: ("attention", (*operator_arguments(grad)[:3], *(None,) * 11, 0.0, None)),
     "mask": lambda grad: ("attention", operator_arguments(grad, bias=None, dropout_p=0.0)),
     "packed": packed_arguments,
 }
