@@ -41,11 +41,12 @@ cdef extern from "attention.h" nogil:
     void narrow(RowOptions *o, Py_ssize_t *lo, Py_ssize_t *hi)
     real finish_scores(const RowOptions *o, real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, real *factor)
     real exponentials(real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t z0, Py_ssize_t z1, real m)
-    void nan_weights(real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t z0, Py_ssize_t z1)
     uint64_t dropout_key(uint64_t seed, uint64_t head, uint64_t query)
     void drop(const RowOptions *o, real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi)
-    void score_gradients(const real *p, real *dp, real delta, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi,
-                         Py_ssize_t z0, Py_ssize_t z1)
+    bint is_product(const RowOptions *o)
+    void score_gradients(const RowOptions *o, real *s, real *dp, real lse, real delta, Py_ssize_t j0, Py_ssize_t lo,
+                         Py_ssize_t hi, Py_ssize_t z0, Py_ssize_t z1)
+    void nan_gradients(real *s, real *dp, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t z0, Py_ssize_t z1)
     void multiply_row(real *a, const real *b, Py_ssize_t n)
     void add_strided(real *sum, Py_ssize_t stride, const real *row, Py_ssize_t n)
     real exp_real(real x)

@@ -5,7 +5,8 @@
 # S and dP are computed anew, tile by tile. A task is one slab of keys of one key/value head: it owns those rows of dK
 # and dV, and leaves its part of dQ, which are added in the order of the slabs. There are at most SLABS of them and they
 # depend on the number of keys alone: neither threads nor the batch change a sum, and one head keeps SLABS threads busy.
-# Cost: 2 L S (3 D + 2 DV) FLOP a head, less what is skipped; SLABS times dQ's size.
+# Where there are heads enough, a task is a whole head: q and dO are packed once for all its slabs.
+# Cost: 2 L S (3 D + 2 DV) FLOP a head, less what is skipped; SLABS times dQ's size, of a thread's head or of all.
 # Source: Dao, arXiv:2307.08691, with the split over keys made fixed.
 
 cdef enum:
@@ -18,10 +19,13 @@ cdef enum:
 
 cdef struct Backward:               # one thread's
     const Problem *p
-    real *dq_parts                  # all threads'
-    const int64_t *part_first       # (B,) where b's parts start: (slabs, NH, q_len, round_up(D))
-    real *dk                        # (keys of the slab, round_up(D))
-    real *dv                        # (keys of the slab, round_up(DV))
+    real *all_parts                 # of dQ, all threads'; NULL: tasks are whole heads
+    const int64_t *part_first       # (B,) where b's parts start in them
+    real *own_parts                 # of the thread's head
+    real *parts                     # of the task: (slabs, part_heads, q_len, round_up(D)), heads from first_head on
+    Py_ssize_t part_heads, first_head
+    real *dk                        # (keys of the task, round_up(D))
+    real *dv                        # (keys of the task, round_up(DV))
     real *q_pack                    # panels of a segment, BACK_ROWS rows at a time; header: whether finite
     real *do_pack
     real *q_rows                    # (SEGMENT, round_up(D)), scaled as forward's: the same bits of the scores
@@ -49,7 +53,24 @@ cdef inline Py_ssize_t slabs(const Problem *p, Py_ssize_t b) noexcept nogil:
 
 cdef inline real *dq_part(const Backward *g, Py_ssize_t b, Py_ssize_t slab, Py_ssize_t h, Py_ssize_t i) noexcept nogil:
     cdef const Problem *p = g.p
-    return g.dq_parts + g.part_first[b] + ((slab * p.NH + h) * p.q_len[b] + i) * round_up(p.D)
+    return g.parts + ((slab * g.part_heads + h - g.first_head) * p.q_len[b] + i) * round_up(p.D)
+
+
+cdef void find_parts(Backward *g, Py_ssize_t b, Py_ssize_t hk) noexcept nogil:
+    """Where the parts of dQ of key/value head hk are."""
+    if g.all_parts == NULL:
+        g.parts, g.part_heads, g.first_head = g.own_parts, g.p.group, hk * g.p.group
+    else:
+        g.parts, g.part_heads, g.first_head = g.all_parts + g.part_first[b], g.p.NH, 0
+
+
+cdef bint backward_heads(const Problem *p, int threads) noexcept nogil:
+    """Whether a task is a whole head: as many for every thread, or so many that one more counts little, short enough
+    that a thread's parts and sums stay near, and none that shares a bias gradient."""
+    cdef Py_ssize_t heads = p.B * p.NK
+    if p.dbias.data != NULL and (p.dbias.stride[0] == 0 or p.dbias.stride[1] == 0):
+        return False
+    return (heads % threads == 0 or heads >= 8 * threads) and max(most_of(p.q_len, p.B), most_of(p.kv_len, p.B)) <= SEGMENT
 
 
 cdef inline bint has_factor(const Problem *p) noexcept nogil:
@@ -59,9 +80,12 @@ cdef inline bint has_factor(const Problem *p) noexcept nogil:
 
 cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     cdef const Problem *p = g.p
-    cdef Py_ssize_t real_bytes = sizeof(real), D = round_up(p.D), DV = round_up(p.DV), keys = 0, rows, b
+    cdef Py_ssize_t real_bytes = sizeof(real), D = round_up(p.D), DV = round_up(p.DV), keys = 0, parts = 0, rows, b
     for b in range(p.B):
-        keys = max(keys, imin(slab_keys(p, b), p.kv_len[b]))
+        keys = max(keys, imin(p.kv_len[b], SEGMENT if g.all_parts == NULL else slab_keys(p, b)))
+        if g.all_parts == NULL:
+            parts = max(parts, slabs(p, b) * p.group * p.q_len[b] * D)
+    g.own_parts = <real *>take(arena, parts * real_bytes)
     rows = ceil_div(imin(SEGMENT, most_of(p.q_len, p.B)), BACK_ROWS) * BACK_ROWS
     g.dk = <real *>take(arena, keys * D * real_bytes)
     g.dv = <real *>take(arena, keys * DV * real_bytes)
@@ -122,21 +146,17 @@ cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py
         memset(w, 0, n * sizeof(real))
         memset(ds, 0, n * sizeof(real))
         return
-    finish_scores(o, w, j0, at.lo, at.hi, factor)
+    if not is_product(o):
+        finish_scores(o, w, j0, at.lo, at.hi, factor)
     if lse == lse:
-        exponentials(w, j0, at.lo, at.hi, j0, j0 + n, lse)
+        score_gradients(o, w, ds, lse, delta, j0, at.lo, at.hi, j0, j0 + n)
     else:
-        nan_weights(w, j0, at.lo, at.hi, j0, j0 + n)
-    if o.threshold:
-        drop(o, ds, j0, at.lo, at.hi)
-    score_gradients(w, ds, delta, j0, at.lo, at.hi, j0, j0 + n)
+        nan_gradients(w, ds, j0, at.lo, at.hi, j0, j0 + n)
     if db.data != NULL:
         add_strided(db.data + b * db.stride[0] + h * db.stride[1] + i * db.stride[2] + at.lo * db.stride[3],
                     db.stride[3], ds + (at.lo - j0), at.hi - at.lo)
     if factor != NULL:
         multiply_row(ds, factor, n)
-    if o.threshold:
-        drop(o, w, j0, at.lo, at.hi)
 
 
 cdef void decode_scores(const Problem *p, Py_ssize_t b, Py_ssize_t h, const real **q, int rows, const Limits *tile,
@@ -248,29 +268,35 @@ cdef void gradient_block(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0,
 
 
 cdef void backward_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t n, Py_ssize_t slab,
-                           Py_ssize_t k0, Py_ssize_t k1) noexcept nogil:
-    """Queries i0 : i0 + n of head h against the slab's keys k0 : k1."""
-    cdef Py_ssize_t j0 = k0, keys, i
-    pack_segment(g, b, h, i0, n)
+                           Py_ssize_t first_key) noexcept nogil:
+    """Packed queries i0 : i0 + n of head h against the slab's keys; the task's start at first_key."""
+    cdef Py_ssize_t j0 = slab * slab_keys(g.p, b), k1 = imin(j0 + slab_keys(g.p, b), g.p.kv_len[b]), keys, i
     while j0 < k1:
         keys, i = imin(BACK_KEYS, k1 - j0), 0
         pack_slab_block(g, b, h // g.p.group, j0, keys)
         while i < n:
-            gradient_block(g, b, h, i0 + i, imin(BACK_ROWS, n - i), i, slab, j0 - k0, j0, keys)
+            gradient_block(g, b, h, i0 + i, imin(BACK_ROWS, n - i), i, slab, j0 - first_key, j0, keys)
             i += BACK_ROWS
         j0 += keys
 
 
-cdef void backward_slab(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t slab) noexcept nogil:
+cdef void backward_task(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t slab0, Py_ssize_t slab1) noexcept nogil:
+    """Slabs slab0 : slab1 of a head."""
     cdef const Problem *p = g.p
-    cdef Py_ssize_t k0 = slab * slab_keys(p, b), k1 = imin(k0 + slab_keys(p, b), p.kv_len[b]), L = p.q_len[b]
-    cdef Py_ssize_t D = round_up(p.D), DV = round_up(p.DV), h, segment, j
+    cdef Py_ssize_t k0 = slab0 * slab_keys(p, b), k1 = imin(slab1 * slab_keys(p, b), p.kv_len[b]), L = p.q_len[b]
+    cdef Py_ssize_t D = round_up(p.D), DV = round_up(p.DV), h, i, slab, j
+    find_parts(g, b, hk)
     memset(g.dk, 0, (k1 - k0) * D * sizeof(real))
     memset(g.dv, 0, (k1 - k0) * DV * sizeof(real))
     for h in range(hk * p.group, (hk + 1) * p.group):
-        memset(dq_part(g, b, slab, h, 0), 0, L * D * sizeof(real))
-        for segment in range(ceil_div(L, SEGMENT)):
-            backward_segment(g, b, h, segment * SEGMENT, imin(SEGMENT, L - segment * SEGMENT), slab, k0, k1)
+        for slab in range(slab0, slab1):
+            memset(dq_part(g, b, slab, h, 0), 0, L * D * sizeof(real))
+        i = 0
+        while i < L:
+            pack_segment(g, b, h, i, imin(SEGMENT, L - i))
+            for slab in range(slab0, slab1):
+                backward_segment(g, b, h, i, imin(SEGMENT, L - i), slab, k0)
+            i += SEGMENT
     for j in range(k0, k1):
         memcpy(of_key(p, &p.dk, b, hk, j), g.dk + (j - k0) * D, p.D * sizeof(real))
         memcpy(of_key(p, &p.dv, b, hk, j), g.dv + (j - k0) * DV, p.DV * sizeof(real))
@@ -307,7 +333,7 @@ cdef Split split_of(const Problem *p) noexcept nogil:
     return s
 
 
-cdef void backward_all(Backward *g, Barrier *barrier, int rank, int size, int64_t *counter) noexcept nogil:
+cdef void backward_slabs(Backward *g, Barrier *barrier, int rank, int size, int64_t *counter) noexcept nogil:
     """A slab of all heads before the next one: under a causal mask the first slab is the longest."""
     cdef const Problem *p = g.p
     cdef Split s = split_of(p)
@@ -321,7 +347,7 @@ cdef void backward_all(Backward *g, Barrier *barrier, int rank, int size, int64_
             while hk < p.NK:
                 slab = s0
                 while slab < slabs(p, b):
-                    backward_slab(g, b, hk, slab)
+                    backward_task(g, b, hk, slab, slab + 1)
                     slab += s.slabs
                 hk += s.heads
             b += s.batches
@@ -329,5 +355,18 @@ cdef void backward_all(Backward *g, Barrier *barrier, int rank, int size, int64_
     barrier_wait(barrier, size)
     n = rank
     while n < p.B * p.NH:
+        find_parts(g, n // p.NH, n % p.NH // p.group)
         join_slabs(g, n // p.NH, n % p.NH)
         n += size
+
+
+cdef void backward_whole_heads(Backward *g, int64_t *counter) noexcept nogil:
+    cdef const Problem *p = g.p
+    cdef Py_ssize_t b, hk, h
+    cdef int64_t task = next_task(counter)
+    while task < p.B * p.NK:
+        b, hk = task // p.NK, task % p.NK
+        backward_task(g, b, hk, 0, slabs(p, b))
+        for h in range(hk * p.group, (hk + 1) * p.group):
+            join_slabs(g, b, h)
+        task = next_task(counter)

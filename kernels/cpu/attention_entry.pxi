@@ -39,7 +39,7 @@ cdef struct Call:
     Barrier *barrier
     int64_t *counters               # decoding, then one per wave; or one
     real *packed                    # a wave's keys and values, or NULL: every thread packs its own heads
-    real *parts                     # of decoding, or of dQ
+    real *parts                     # of decoding; or of dQ, or NULL: every thread has its own heads
     int64_t *part_first
 
 
@@ -80,7 +80,7 @@ cdef void run_backward(Call *call, int rank, int size) noexcept nogil:
     cdef char *arena = NULL
     cdef char *at
     memset(&g, 0, sizeof(Backward))
-    g.p, g.dq_parts, g.part_first = &call.p, call.parts, call.part_first
+    g.p, g.all_parts, g.part_first = &call.p, call.parts, call.part_first
     backward_layout(&g, &arena)
     if posix_memalign(<void **>&at, 64, <size_t>arena):
         call.failed, at = True, NULL
@@ -89,7 +89,10 @@ cdef void run_backward(Call *call, int rank, int size) noexcept nogil:
         arena = at
         backward_layout(&g, &arena)
         memset(g.zero, 0, PANEL * sizeof(real))
-        backward_all(&g, call.barrier, rank, size, call.counters)
+        if call.parts == NULL:
+            backward_whole_heads(&g, call.counters)
+        else:
+            backward_slabs(&g, call.barrier, rank, size, call.counters)
     free(at)
 
 
@@ -125,6 +128,8 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     memset(call.barrier, 0, 128 + (waves + 2) * sizeof(int64_t))
     call.counters = <int64_t *>(<char *>call.barrier + 128)
     if call.backward:
+        if backward_heads(p, threads):
+            return True
         if posix_memalign(<void **>&call.part_first, 64, (p.B + 1) * sizeof(int64_t)):
             return False
         for b in range(p.B):
