@@ -291,7 +291,9 @@ static __attribute__((unused)) void drop(const RowOptions *o, real *s, intptr_t 
 /* ---- backward */
 
 /* Whether a finished score is the product itself, so that backward, which needs no maximum, leaves finish_scores out. */
-INLINE int is_product(const RowOptions *o) { return o->softcap == 0 && o->slope == 0 && !o->masked && !o->bias; }
+INLINE int is_product(const RowOptions *o) {
+    return o->softcap == 0 && !o->mod && o->slope == 0 && !o->masked && !o->bias;
+}
 
 INLINE void gradients_fixed(const int dropout, const RowOptions *o, real *s, real *dp, real lse, real delta,
                             intptr_t j0, intptr_t lo, intptr_t hi, intptr_t z0, intptr_t z1) {
