@@ -107,7 +107,7 @@ class Family:
 
 def registry() -> dict[str, Family]:
     """All families by name."""
-    from . import attention, cells, linear_scan, recurrent, training
+    from . import attention, cells, linear_scan, recurrent, tasks, training
 
-    families = (recurrent, attention, cells, linear_scan, training)
+    families = (recurrent, attention, cells, linear_scan, training, tasks)
     return {module.FAMILY.name: module.FAMILY for module in families}
