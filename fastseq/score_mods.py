@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastseq import _dispatch
+from fastseq._by_name import ByName
 from fastseq.kernels.cpu.contract import CompiledScoreMod
 from fastseq.kernels.numba.trace import Graph, Node, definition, needed, trace
 
@@ -19,7 +20,7 @@ ARGUMENTS = ("score", "b", "h", "q_idx", "kv_idx")  # and their order
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ScoreMod:
+class ScoreMod(ByName):
     """A function of the scores made by `fastseq.score_mod`; called, it is what it was made of.
 
     Attributes:
@@ -39,9 +40,6 @@ class ScoreMod:
 
     def __repr__(self) -> str:
         return f"<fastseq.score_mod {self.function.__name__}>"
-
-    def __deepcopy__(self, _memo: dict) -> ScoreMod:
-        return self  # it never changes
 
     def compiled(self, dtype: np.dtype) -> CompiledScoreMod:
         """Its callbacks for arrays of dtype."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastseq import _check, _dispatch, _stack
+from fastseq._by_name import ByName
 from fastseq._spec import WEIGHTS, Kind, Spec, add
 from fastseq._stack import Array
 from fastseq.kernels.cpu.contract import CompiledCell
@@ -26,7 +27,7 @@ STATES = ("h", "c")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Cell(Kind):
+class Cell(ByName, Kind):
     """A recurrent cell made by `fastseq.cell`; called, it is the function it was made of.
 
     Attributes:

@@ -1,5 +1,7 @@
 """Cells that users write, over torch tensors: the operators, `scan`, the module, torch.compile."""
 
+import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -143,6 +145,17 @@ def test_module_trains_and_keeps_its_state():
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x)[0], after)
     assert "Recurrent(3, 8, num_layers=2" in repr(module)
+
+
+def test_module_is_copied_and_pickled():
+    module = fastseq.torch.nn.Recurrent(fastseq.cells.peephole_lstm, 3, 8)
+    x = torch.randn(5, 2, 3)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert other.cell is module.cell
+        assert torch.equal(other(x)[0], module(x)[0])
+    nameless = fastseq.cell(lambda a: np.tanh(a))
+    with pytest.raises(pickle.PicklingError, match="is not what test_torch_cells"):
+        pickle.dumps(nameless)
 
 
 def test_module_without_recurrent_weights():

@@ -70,7 +70,9 @@ cdef bint backward_heads(const Problem *p, int threads) noexcept nogil:
     cdef Py_ssize_t heads = p.B * p.NK
     if p.dbias.data != NULL and (p.dbias.stride[0] == 0 or p.dbias.stride[1] == 0):
         return False
-    return (heads % threads == 0 or heads >= 8 * threads) and max(most_of(p.q_len, p.B), most_of(p.kv_len, p.B)) <= SEGMENT
+    if max(most_of(p.q_len, p.B), most_of(p.kv_len, p.B)) > SEGMENT:
+        return False
+    return heads % threads == 0 or heads >= 8 * threads
 
 
 cdef inline bint has_factor(const Problem *p) noexcept nogil:

@@ -108,7 +108,8 @@ cdef void forward_row(Forward *f, real *gates) noexcept nogil:
     """A step with one active row."""
     cdef Job *job = f.part.job
     cdef const Shape *s = &job.shape
-    cdef Py_ssize_t K = state_columns(s), reals = K * s.nv * VL, stride = s.units * s.cell.planes * VL, panel = f.p0, n, p
+    cdef Py_ssize_t K = state_columns(s), reals = K * s.nv * VL, stride = s.units * s.cell.planes * VL
+    cdef Py_ssize_t panel = f.p0, n, p
     cdef Py_ssize_t first_plane = (s.cell.planes - s.cell.gates) * VL
     while panel < f.p1:
         n = imin(ROW_PANELS, f.p1 - panel)
