@@ -13,6 +13,7 @@
     window         the WINDOW keys on each side of the diagonal
     dropout        of DROPOUT of the probabilities
     bias           learned, (1, NH, L, S)
+    score_mod      a user's function, the score less distance / NEAR; torch gets it as a float mask
 
 Building models and drawing inputs are not in the time. Work counts the allowed pairs alone.
 """
@@ -27,7 +28,7 @@ import numpy as np
 from .attention_bars import BARS
 from .families import OURS, Family, Job, JobReport, Run, Setup
 
-SEED, DROPOUT, WINDOW = 20_170_612, 0.1, 256
+SEED, DROPOUT, WINDOW, NEAR = 20_170_612, 0.1, 256, 16
 SHORTEST = 0.04  # of S: lengths spread evenly from here to S are 52 % of the keys
 TRAINING = 3.5  # times the work of forward: 5 products after forward's 2
 LARGE_SCORES = 2**28  # bytes of a score matrix that no peer is asked to write
@@ -166,7 +167,7 @@ def flop(problem: Problem) -> float:
 
 def contenders(case: Case) -> tuple[str, ...]:
     """Who takes part; OpenVINO has no shared key heads, and repeats them at each call."""
-    if case.training or case.op == "mha":
+    if case.training or case.op == "mha" or case.option == "score_mod":
         return (OURS, "torch")
     peers = ("torch", "onnxruntime", "openvino")
     return (OURS, *(peer for peer in peers if peer != "openvino" or case.NK == case.NH))
@@ -244,7 +245,8 @@ def _option_cases() -> list[Case]:
     other = [
         _sdpa("train", (4, 8, 512, 64), option=option, quick=True) for option in ("dropout", "bias")
     ]
-    return padded + window + other
+    own = [_sdpa(job, (4, 8, 512, 64), option="score_mod", quick=True) for job in ("fwd", "train")]
+    return padded + window + other + own
 
 
 def _decode_cases() -> list[Case]:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastseq.torch
 from fastseq.reference.attention import dropout_keep
 
-from .attention import DROPOUT, LARGE_SCORES, SEED, WINDOW, Case, Problem
+from .attention import DROPOUT, LARGE_SCORES, NEAR, SEED, WINDOW, Case, Problem
 from .families import OURS, Contender, fastest
 from .gate import Results
 
@@ -64,14 +64,21 @@ def sdpa(problem: Problem) -> Attend:
     """torch's function, with the mask or the bias of the problem."""
     case = problem.case
     mask = None if problem.mask is None else torch.from_numpy(problem.mask)
+    if case.option == "score_mod":
+        mask = -(torch.arange(case.L)[:, None] - torch.arange(case.S)).abs() / NEAR
     settings = {
         "is_causal": case.causal,
         "dropout_p": DROPOUT if case.option == "dropout" else 0.0,
         "enable_gqa": case.NK != case.NH,
     }
-    return lambda q, k, v, bias=None: F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask if bias is None else bias, **settings
-    )
+
+    def attend(q, k, v, bias=None):
+        given = mask if bias is None else bias
+        if given is not None and given.is_floating_point():
+            given = given.to(q.dtype)  # itself where it is that already
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=given, **settings)
+
+    return attend
 
 
 def math_sdpa(problem: Problem) -> Attend:
@@ -85,6 +92,12 @@ def math_sdpa(problem: Problem) -> Attend:
     return unfused
 
 
+@fastseq.score_mod
+def near(score, b, h, q_idx, kv_idx):
+    """Keys count the less the further away they are."""
+    return score - np.abs(q_idx - kv_idx) / NEAR
+
+
 def own_attention(problem: Problem) -> Attend:
     """fastseq.torch.attention, each option by the argument made for it."""
     case = problem.case
@@ -96,6 +109,8 @@ def own_attention(problem: Problem) -> Attend:
             settings["kv_lengths"] = torch.from_numpy(problem.kv_lengths)
         case "window":
             settings["window"] = (WINDOW, WINDOW)
+        case "score_mod":
+            settings["score_mod"] = near
         case "dropout":
             settings |= {"dropout_p": DROPOUT, "seed": SEED}
     return lambda q, k, v, bias=None: fastseq.torch.attention(q, k, v, bias=bias, **settings)
