@@ -348,9 +348,7 @@ def test_operators_are_registered_for_cuda(name):
 def test_results_of_fake_tensors(dtype):
     """What a compiler sees: lse is float32, of any dtype of q."""
     q, k = (torch.empty(2, 4, n, 8, device="meta", dtype=dtype) for n in (5, 6))
-    o, lse = torch.ops.fastseq.attention(
-        q, k, k, None, None, None, None, None, None, None, None, None, None, None, 0.0
-    )
+    o, lse = torch.ops.fastseq.attention(q, k, k, *(None,) * 11, 0.0, None)
     assert (o.dtype, lse.dtype) == (dtype, torch.float32)
     assert (o.shape, lse.shape) == (q.shape, q.shape[:3])
 
@@ -361,7 +359,7 @@ def test_operator_equals_the_direct_path():
     o = fst.attention(**leaves, **options)
     given = [leaves[name] for name in ("q", "k", "v", "bias")]
     by_operator, _ = torch.ops.fastseq.attention(
-        *given, *(None,) * 5, "top_left", None, None, None, None, 0.0
+        *given, *(None,) * 5, "top_left", None, None, None, None, 0.0, None
     )
     grads = [torch.autograd.grad(a.sum(), given) for a in (o, by_operator)]
     assert torch.equal(o, by_operator)
