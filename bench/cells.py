@@ -1,4 +1,4 @@
-"""The family "cells": cells that users write, as layers, beside built-in ones and an eager loop.
+"""The family "cells": users' cells and layer-normalised ones as layers, beside an eager loop.
 
     fwd     inference of a layer
     train   forward, and backward to all weights and to x
@@ -18,6 +18,8 @@ from .recurrent import Case, Problem
 from .runner import Row
 
 GATES = {"lstm": 4, "peephole_lstm": 4, "cifg_lstm": 3, "light_gru": 2, "ind_rnn": 1}
+NORMALISED = {"layer_norm_lstm": 4, "layer_norm_gru": 3}
+GATES |= NORMALISED
 BUILT_IN = {4: f"{OURS} LSTM", 3: f"{OURS} GRU"}
 LOOP = "loop"
 
@@ -45,11 +47,10 @@ def prepare(case: Case, threads: int) -> Setup:
 
 
 _SHAPES = ((100, 1, 128), (100, 8, 64), (100, 32, 128), (100, 32, 256), (50, 64, 512))
+_QUICK_KINDS = ("lstm", "peephole_lstm", "light_gru", "layer_norm_lstm")
 _QUICK = ((100, 1, 128), (100, 32, 128))
 CASES = tuple(
-    Case(
-        kind, job, *shape, quick=shape in _QUICK and kind in ("lstm", "peephole_lstm", "light_gru")
-    )
+    Case(kind, job, *shape, quick=shape in _QUICK and kind in _QUICK_KINDS)
     for job in ("fwd", "train")
     for kind in GATES
     for shape in _SHAPES
@@ -64,12 +65,24 @@ def _share_of_lstm(row: Row) -> float | None:
 BARS = (
     Bar(
         "a user's cell of 4 gates, time of the built-in LSTM",
-        lambda case: GATES[case["kind"]] == 4,
+        lambda case: GATES[case["kind"]] == 4 and case["kind"] not in NORMALISED,
         _share_of_lstm,
         1.3,
         at_most=True,
     ),
-    Bar("a user's cell / eager loop", lambda case: True, lambda row: row.ratio(LOOP), 1.3, 5.0),
+    Bar(
+        "a user's cell / eager loop",
+        lambda case: case["kind"] not in NORMALISED,
+        lambda row: row.ratio(LOOP),
+        1.3,
+        5.0,
+    ),
+    Bar(
+        "layer-normalised LSTM training / eager loop",
+        lambda case: case["kind"] == "layer_norm_lstm" and case["job"] == "train",
+        lambda row: row.ratio(LOOP),
+        4.0,
+    ),
 )
 FAMILY = Family(
     name="cells",

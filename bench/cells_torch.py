@@ -1,4 +1,4 @@
-"""Contenders of the family "cells": a user's cell as a module, a built-in layer, a torch loop."""
+"""Contenders of the family "cells": a cell as a module, a built-in layer, a torch loop."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ import fastseq
 import fastseq.torch
 from fastseq import cells
 
-from .cells import BUILT_IN, GATES, LOOP
+from .cells import BUILT_IN, GATES, LOOP, NORMALISED
 from .families import OURS, Contender
 from .gate import Results
 from .recurrent import Problem
@@ -29,34 +29,52 @@ CELLS = {"lstm": lstm} | {name: getattr(cells, name) for name in GATES if name !
 State = tuple[Tensor, Tensor]
 
 
-def _lstm(a: Tensor, h: Tensor, c: Tensor, _: Tensor | None) -> State:
-    i, f, g, o = a.chunk(4, 1)
+def _lstm(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, _: Tensor | None) -> State:
+    i, f, g, o = (gx + gh).chunk(4, 1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
-def _peephole(a: Tensor, h: Tensor, c: Tensor, params: Tensor) -> State:
-    i, f, g, o = a.chunk(4, 1)
+def _peephole(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, params: Tensor) -> State:
+    i, f, g, o = (gx + gh).chunk(4, 1)
     p_i, p_f, p_o = params
     c_new = (f + p_f * c).sigmoid() * c + (i + p_i * c).sigmoid() * g.tanh()
     return (o + p_o * c_new).sigmoid() * c_new.tanh(), c_new
 
 
-def _cifg(a: Tensor, h: Tensor, c: Tensor, _: Tensor | None) -> State:
-    f, g, o = a.chunk(3, 1)
+def _cifg(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, _: Tensor | None) -> State:
+    f, g, o = (gx + gh).chunk(3, 1)
     f = f.sigmoid()
     c = f * c + (1 - f) * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
-def _light(a: Tensor, h: Tensor, c: Tensor, _: Tensor | None) -> State:
-    z, a = a.chunk(2, 1)
+def _light(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, _: Tensor | None) -> State:
+    z, a = (gx + gh).chunk(2, 1)
     z = z.sigmoid()
     return z * h + (1 - z) * a.relu(), c
 
 
-def _ind(a: Tensor, h: Tensor, c: Tensor, params: Tensor) -> State:
+def _ind(a: Tensor, _: None, h: Tensor, c: Tensor, params: Tensor) -> State:
     return (a + params[0] * h).relu(), c
+
+
+def _normed(a: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    bias = None if bias is None else bias.flatten()
+    return nn.functional.layer_norm(a, a.shape[-1:], gain.flatten(), bias)
+
+
+def _layer_norm_lstm(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, params: Tensor) -> State:
+    i, f, g, o = (gx + _normed(gh, params[4:8])).chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * _normed(c, params[8], params[13]).tanh(), c
+
+
+def _layer_norm_gru(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, params: Tensor) -> State:
+    (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, 1), _normed(gh, params[3:6]).chunk(3, 1)
+    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+    n = (xn + r * (hn + params[9])).tanh()
+    return (1 - z) * n + z * h, c
 
 
 STEPS = {
@@ -65,6 +83,13 @@ STEPS = {
     "cifg_lstm": _cifg,
     "light_gru": _light,
     "ind_rnn": _ind,
+    "layer_norm_lstm": _layer_norm_lstm,
+    "layer_norm_gru": _layer_norm_gru,
+}
+# of W_ih x of all steps at once: rows of gains and of biases
+INPUT_NORMS = {
+    "layer_norm_lstm": (slice(4), slice(9, 13)),
+    "layer_norm_gru": (slice(3), slice(6, 9)),
 }
 
 
@@ -74,29 +99,32 @@ class Loop(nn.Module):
     def __init__(self, layer: fastseq.torch.nn.Recurrent, kind: str):
         super().__init__()
         self.step, self.gates, self.has_c = STEPS[kind], GATES[kind], layer.cell.has_c
+        self.input_norm = INPUT_NORMS.get(kind)
         for name, value in layer.state_dict().items():
             self.register_parameter(name, nn.Parameter(value.clone()))
 
     def forward(self, x: Tensor) -> tuple:
         """y, and the last states."""
-        params, w_hh = (getattr(self, n, None) for n in ("params_l0", "weight_hh_l0"))
-        inputs = nn.functional.linear(x, self.weight_ih_l0, self.bias_ih_l0)
-        H = len(self.weight_ih_l0) // self.gates
-        h = c = x.new_zeros(x.shape[1], H)
+        names = ("params_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        params, w_hh, b_ih, b_hh = (getattr(self, name, None) for name in names)
+        inputs = nn.functional.linear(x, self.weight_ih_l0, b_ih)
+        if self.input_norm is not None:
+            inputs = _normed(inputs, *(params[rows] for rows in self.input_norm))
+        h = c = x.new_zeros(x.shape[1], len(self.weight_ih_l0) // self.gates)
         y = []
-        for a in inputs:
-            if w_hh is not None:
-                a = a + nn.functional.linear(h, w_hh, self.bias_hh_l0)
-            h, c = self.step(a, h, c, params)
+        for gx in inputs:
+            gh = None if w_hh is None else nn.functional.linear(h, w_hh, b_hh)
+            h, c = self.step(gx, gh, h, c, params)
             y.append(h)
         return torch.stack(y), (h[None], c[None]) if self.has_c else h[None]
 
 
 def layer(problem: Problem) -> fastseq.torch.nn.Recurrent:
-    """The user's cell as a module; the kind seeds its weights."""
+    """The cell as a module; the kind seeds its weights."""
     case = problem.case
     torch.manual_seed(GATES[case.kind])
-    return fastseq.torch.nn.Recurrent(CELLS[case.kind], case.H, case.H)
+    bias = case.kind not in NORMALISED
+    return fastseq.torch.nn.Recurrent(CELLS[case.kind], case.H, case.H, bias=bias)
 
 
 def builder(who: str, problem: Problem) -> Callable[[], Contender]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from fastseq import _check, _clip, recurrent
-from fastseq.user_cells import Cell, scan
+from fastseq._cell import Cell
+from fastseq.user_cells import scan
 from fastseq.vjp import vjp
 
 Array = np.ndarray

@@ -5,75 +5,20 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from fastseq import _check, _dispatch, _stack
-from fastseq._by_name import ByName
-from fastseq._spec import WEIGHTS, Kind, Spec, add
+from fastseq import _check, _stack
+from fastseq._cell import Cell, TracedCell, check
+from fastseq._spec import WEIGHTS, Spec, add
 from fastseq._stack import Array
-from fastseq.kernels.cpu.contract import CompiledCell
-from fastseq.kernels.numba.trace import Graph, Node, Value, definition, needed, trace
+from fastseq.kernels.numba.trace import Node, Value, definition, needed, trace
 from fastseq.recurrent import _one
 
 MAX_GATES = 4  # products per unit that the kernels' tiles hold
-MAX_PARAMS = 8  # cells.h
 STATES = ("h", "c")
-
-
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Cell(ByName, Kind):
-    """A recurrent cell made by `fastseq.cell`; called, it is the function it was made of.
-
-    Attributes:
-        op: the function's name.
-        key: the name the library knows it by, a hash of what it computes in it.
-        arguments: the names of the function's arguments in their order.
-        planes: those that are pre-activations, in the kernels' order.
-        parameters: those that are per unit.
-    """
-
-    function: Callable
-    key: str
-    arguments: tuple[str, ...]
-    planes: tuple[str, ...]
-    parameters: tuple[str, ...]
-    graph: Graph
-    results: tuple[Node, ...]
-    _compiled: dict[str, CompiledCell] = field(default_factory=dict)
-    _lock: Any = field(default_factory=threading.Lock)
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __repr__(self) -> str:
-        gates = f"{self.gates} gates" if self.gates > 1 else "1 gate"
-        return f"<fastseq.cell {self.op}({', '.join(self.arguments)}): {gates}>"
-
-    def cell(self, kernels: ModuleType, dtype: np.dtype) -> CompiledCell:
-        try:
-            from fastseq.kernels.numba.cell import Source, compiled
-        except ImportError as error:
-            text = f"the cell {self.op} needs Numba: pip install fastseq-kernels[numba]"
-            raise ImportError(text) from error
-        with self._lock:
-            if kernels.__name__ not in self._compiled:
-                split = len(self.planes) > self.gates
-                names = self.planes, split, self.parameters
-                source = Source(self.function, *names, self.has_c, self.graph, self.results)
-                options = kernels, dtype.name, self.recurrent
-                self._compiled[kernels.__name__] = compiled(source, *options)
-            return self._compiled[kernels.__name__]
-
-    def compile(self, dtype=np.float32) -> None:
-        """Compile now for arrays of dtype, rather than at the first call with them."""
-        dtype = np.dtype(dtype)
-        self.cell(_dispatch.kernels("recurrent", dtype), dtype)
 
 
 def sigmoid(x: Any) -> Any:
@@ -111,14 +56,14 @@ def cell(
             Arguments with a default keep it. It returns h', or (h', c'). It may use arithmetic and
             comparisons, np.where, np.exp, np.tanh, np.maximum and their like, and `sigmoid` and
             `relu` of fastseq.cells. Without it, `cell` is a decorator with the other arguments.
-        params: (N) of the arguments, N <= 8, that are parameters per unit, not gates: the rows of
-            `scan`'s params.
+        params: (N) of the arguments, that are parameters per unit, not gates: the rows of `scan`'s
+            params.
         split: two arguments that are the last gate's W_ih x + b_ih and W_hh h + b_hh, apart, as
-            in a GRU, whose reset gate multiplies the second only.
+            in a GRU, whose reset gate multiplies the second only; with two gates or more beside.
         recurrent: False: there is no w_hh; h is read by the function only.
 
     Returns:
-        A `Cell`, for `scan`, `fastseq.torch.scan` and `fastseq.torch.nn.Recurrent`.
+        A cell, for `scan`, `fastseq.torch.scan` and `fastseq.torch.nn.Recurrent`.
 
     Raises:
         TypeError: the function does what is not element-wise, or fails, or its arguments do not
@@ -146,7 +91,7 @@ def cell(
     ]
     name = re.sub(r"\W", "_", function.__name__)  # a lambda's has brackets
     key = f"{name}_{hashlib.sha256(repr(told).encode()).hexdigest()[:8]}"
-    made = Cell(
+    made = TracedCell(
         op=function.__name__,
         gates=len(planes) - bool(split),
         has_c=has_c,
@@ -196,10 +141,10 @@ def _planes(function, arguments, params, split, recurrent) -> tuple[str, ...]:
     if "h" not in arguments and not recurrent:
         refuse(TypeError, "h must be among its arguments where recurrent is False")
     count = len(gates) + bool(split)
+    if split and len(gates) < 2:
+        refuse(ValueError, f"split must have two gates beside it, got {gates}")
     if not 1 <= count <= MAX_GATES:
         refuse(ValueError, f"it must have 1 to {MAX_GATES} gates, got {count}: {gates + split}")
-    if len(params) > MAX_PARAMS:
-        refuse(ValueError, f"it must have at most {MAX_PARAMS} params, got {len(params)}")
     return (split[0], *gates, split[1]) if split else gates
 
 
@@ -225,7 +170,7 @@ def scan(
         a = W_ih x + b_ih + W_hh h + b_hh        h', c' = cell(a_1, ..., a_G, h, c, params)
 
     Args:
-        cell: what `fastseq.cell` made, with G gates.
+        cell: what `fastseq.cell` made, or one of `fastseq.cells`, with G gates.
         x: (T, B, I) float32 or float64, any strides; T >= 1.
         w_ih: (G H, I), gates in the order of the cell's arguments.
         w_hh: (G H, H), or None for a cell without it.
@@ -246,7 +191,7 @@ def scan(
         y (T, B, H), or (y, c) with return_cell_states, and h_n (B, H), or (h_n, c_n).
 
     Raises:
-        TypeError: cell is not a Cell; a dtype that is not x's, or not float32 or float64.
+        TypeError: cell is no such cell; a dtype that is not x's, or not float32 or float64.
         ValueError: a shape or length out of range; the message states both sides.
         ImportError: Numba is not installed.
 
@@ -266,8 +211,7 @@ def scan(
 def spec_of(given: dict) -> tuple[Spec, tuple]:
     """The spec and the flat list of weights of `scan` with these arguments."""
     cell = given["cell"]
-    if not isinstance(cell, Cell):
-        raise TypeError(f"scan: cell must be made by fastseq.cell, got {type(cell).__name__}")
+    check("scan", cell)
     for name in ("c0", "return_cell_states"):
         if not cell.has_c and given[name] is not None and given[name] is not False:
             raise ValueError(f"{cell.op}: {name} must not be given: the cell has no c")

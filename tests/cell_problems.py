@@ -43,26 +43,49 @@ INPUTS = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "params", "h0", "c0")
 REWRITTEN = {"rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu, "gru": gru, "lstm": lstm}
 
 
-def _peephole(gates, h, c, params):
-    i, f, g, o = gates
+def _peephole(gx, gh, h, c, params):
+    i, f, g, o = (gx + gh).chunk(4)
     p_i, p_f, p_o = params
     c_new = (f + p_f * c).sigmoid() * c + (i + p_i * c).sigmoid() * g.tanh()
     return (o + p_o * c_new).sigmoid() * c_new.tanh(), c_new
 
 
-def _cifg(gates, h, c, params):
-    f, g, o = gates
+def _cifg(gx, gh, h, c, params):
+    f, g, o = (gx + gh).chunk(3)
     c_new = f.sigmoid() * c + (1 - f.sigmoid()) * g.tanh()
     return o.sigmoid() * c_new.tanh(), c_new
 
 
-def _light(gates, h, c, params):
-    z, a = gates
+def _light(gx, gh, h, c, params):
+    z, a = (gx + gh).chunk(2)
     return z.sigmoid() * h + (1 - z.sigmoid()) * a.relu(), c
 
 
-def _ind(gates, h, c, params):
-    return (gates[0] + params[0] * h).relu(), c
+def _ind(gx, gh, h, c, params):
+    return (gx + gh + params[0] * h).relu(), c
+
+
+def _normed(a):
+    from torch.nn.functional import layer_norm
+
+    return layer_norm(a, a.shape)
+
+
+def _layer_norm_lstm(gx, gh, h, c, params):
+    gain_ih, gain_hh, gain_c, bias, bias_c = params.split([4, 4, 1, 4, 1])
+    gates = gain_ih.flatten() * _normed(gx) + gain_hh.flatten() * _normed(gh) + bias.flatten()
+    i, f, g, o = gates.chunk(4)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * (gain_c[0] * _normed(c) + bias_c[0]).tanh(), c
+
+
+def _layer_norm_gru(gx, gh, h, c, params):
+    gain_ih, gain_hh, b_x, b_hn = params.split([3, 3, 3, 1])
+    xr, xz, xn = (gain_ih.flatten() * _normed(gx) + b_x.flatten()).chunk(3)
+    hr, hz, hn = (gain_hh.flatten() * _normed(gh)).chunk(3)
+    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+    n = (xn + r * (hn + b_hn[0])).tanh()
+    return (1 - z) * n + z * h, c
 
 
 READY = {
@@ -70,6 +93,8 @@ READY = {
     "cifg_lstm": (cells.cifg_lstm, _cifg),
     "light_gru": (cells.light_gru, _light),
     "ind_rnn": (cells.ind_rnn, _ind),
+    "layer_norm_lstm": (cells.layer_norm_lstm, _layer_norm_lstm),
+    "layer_norm_gru": (cells.layer_norm_gru, _layer_norm_gru),
 }
 
 
@@ -213,10 +238,10 @@ def _torch_scan(problem, leaves):
             t = lengths[b] - 1 - s if problem.reverse else s
             if resets[t, b]:
                 h, c = torch.zeros_like(h), torch.zeros_like(c)
-            a = leaves["w_ih"] @ x[t, b] + leaves.get("b_ih", 0)
+            gx, gh = leaves["w_ih"] @ x[t, b] + leaves.get("b_ih", 0), 0
             if cell.recurrent:
-                a = a + leaves["w_hh"] @ h + leaves.get("b_hh", 0)
-            h, c = step(a.chunk(cell.gates), h, c, leaves.get("params"))
+                gh = leaves["w_hh"] @ h + leaves.get("b_hh", 0)
+            h, c = step(gx, gh, h, c, leaves.get("params"))
             y[t], cs[t] = h, c
         rows.append({"y": torch.stack(y), "h_n": h, "c_n": c, "c": torch.stack(cs)})
     names = ("y", "h_n", "c_n", "c") if cell.has_c else ("y", "h_n")

@@ -128,8 +128,9 @@ def test_bits_do_not_depend_on_threads_or_neighbours(name):
     assert_same_bits(outputs, expected)
 
 
-def test_nan_stays_in_its_row():
-    problem = CellProblem("peephole_lstm", B=4, H=9, dtype="float32")
+@pytest.mark.parametrize("name", ["peephole_lstm", "layer_norm_lstm", "layer_norm_gru"])
+def test_nan_stays_in_its_row(name):
+    problem = CellProblem(name, B=4, H=9, dtype="float32")
     x = problem.inputs["x"].copy()
     x[2, 1, 0] = np.nan
     clean, _ = vjp(problem)
@@ -187,8 +188,8 @@ ARRAYS = {name: CellProblem("peephole_lstm").inputs[name] for name in INPUTS}
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"cell": len}, TypeError, "scan: cell must be made by fastseq.cell, got "
-         "builtin_function_or_method"),
+        ({"cell": len}, TypeError, "scan: cell must be one of fastseq.cells or of fastseq.cell, "
+         "got builtin_function_or_method"),
         ({"params": None}, ValueError, "peephole_lstm: params must be an array for <fastseq.cell "
          "peephole_lstm(i, f, g, o, c, p_i, p_f, p_o): 4 gates> with b_ih"),
         ({"b_hh": None}, ValueError, "peephole_lstm: b_hh must be an array for <fastseq.cell "

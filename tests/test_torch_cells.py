@@ -73,13 +73,14 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
 
 
-@pytest.mark.parametrize("name", ["peephole_lstm", "ind_rnn"])
+@pytest.mark.parametrize("name", ["peephole_lstm", "ind_rnn", "layer_norm_lstm"])
 def test_opcheck(name):
     problem = CellProblem(name, T=3, B=2, H=4, dtype="float32")
     cell, leaves = problem.cell, tensors(problem.inputs, requires_grad=True)
     states = [leaves.pop("h0")[None], leaves.pop("c0")[None] if cell.has_c else None]
     x, *weights = leaves.values()
-    operator = getattr(torch.ops.fastseq, f"cell_{cell.key}").default
+    traced = name not in ("layer_norm_lstm", "layer_norm_gru")
+    operator = getattr(torch.ops.fastseq, f"cell_{cell.key}" if traced else name).default
     flags = (1, False, False, cell.has_c, True, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -165,6 +166,28 @@ def test_module_without_recurrent_weights():
     assert torch.equal(y[-1], h_n[0])
 
 
+LAYER_NORM = {"layer_norm_lstm": ("LayerNormLSTM", 9), "layer_norm_gru": ("LayerNormGRU", 6)}
+
+
+@pytest.mark.parametrize("cell", LAYER_NORM)
+def test_layer_norm_modules_are_their_cell_and_start_from_gains_of_one(cell):
+    name, gains = LAYER_NORM[cell]
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+    module = getattr(fastseq.torch.nn, name)(3, 8, **options, dtype=torch.float64)
+    assert not any("bias" in name for name, _ in module.named_parameters())
+    expected = torch.zeros_like(module.params_l1_reverse)
+    expected[:gains] = 1
+    assert torch.equal(module.params_l1_reverse, expected)
+    same = fastseq.torch.nn.Recurrent(getattr(fastseq.cells, cell), 3, 8, bias=False, **options)
+    assert torch.equal(same.params_l0, module.params_l0)
+    same.double().load_state_dict(module.state_dict())
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    assert torch.equal(module(x)[0], same(x)[0])
+    torch.testing.assert_close(module(1000 * x)[0], module(x)[0], rtol=0.1, atol=0.1)
+    assert name in repr(module)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x)[0], module(x)[0])
+
+
 def test_module_under_compile():
     module = fastseq.torch.nn.Recurrent(fastseq.cells.light_gru, 3, 8)
     x = torch.randn(5, 2, 3)
@@ -190,7 +213,7 @@ def test_errors():
     refused(
         lambda: fastseq.torch.nn.Recurrent("lstm", 3, 4),
         TypeError,
-        "Recurrent: cell must be made by fastseq.cell, got 'lstm'",
+        "Recurrent: cell must be one of fastseq.cells or of fastseq.cell, got str",
     )
     refused(
         lambda: fastseq.torch.scan(cell, x, w),

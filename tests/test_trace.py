@@ -6,9 +6,7 @@ from fastseq.kernels.numba.trace import OPS, gradients, needed, trace
 from finite_differences import directional_derivative
 
 import fastseq
-from fastseq import _dispatch
 from fastseq.cells import relu, sigmoid
-from fastseq.user_cells import MAX_PARAMS
 
 # Every function of one argument or two, over values where it is defined and smooth.
 UNARY = {
@@ -274,6 +272,8 @@ def gru(r, xn, hn):
          "params and split must be different names, got ('xn',) and ('xn', 'hn')"),
         (gru, {"split": ("xn", "hn"), "recurrent": False}, TypeError,
          "split must be empty where recurrent is False: there is no W_hh h"),
+        (gru, {"split": ("xn", "hn")}, ValueError,
+         "split must have two gates beside it, got ('r',)"),
         (gru, {"recurrent": False}, TypeError,
          "h must be among its arguments where recurrent is False"),
     ],
@@ -285,12 +285,3 @@ def test_what_is_no_cell_is_refused_with_its_definition(function, options, error
     assert first == f"cell {function.__name__}: {message}"
     assert "test_trace.py" in where
     assert line.strip().startswith(f"def {function.__name__}(")
-
-
-def test_as_many_params_as_the_kernels_hold():
-    names = [f"p{k}" for k in range(9)]
-    many = eval(f"lambda a, {', '.join(names)}: a + {' + '.join(names)}")
-    layout = _dispatch.kernels("recurrent", np.dtype(np.float32)).tile_layout()
-    assert layout["max_params"] == MAX_PARAMS
-    with pytest.raises(ValueError, match="it must have at most 8 params, got 9"):
-        fastseq.cell(many, params=names)

@@ -1,15 +1,17 @@
-"""A user's cell over time: its function called at every step, its derivatives by the complex step.
+"""A cell of `scan` over time: its function called at every step, derivatives by the complex step.
 
     df/da = Im f(a + i e) / e        e = 1e-100: no difference is taken, so it is exact to rounding
 
 Squire & Trapp, Using complex variables to estimate derivatives of real functions, 1998. It needs a
 function without absolute values; np.maximum, np.where and comparisons look at the real part. The
 products, the loop over time and its options are those of `recurrent.py`; letters as there, params
-(N, H) the parameters per unit, one row for each of the cell's.
+(N, H) the parameters per unit, one row for each of the cell's. A cell whose units see each other
+takes whole rows, and every number of a row is moved by itself.
 """
 
 import numpy as np
 
+from fastseq._cell import RowCell
 from fastseq.reference.recurrent import Cell, Weights, _scan_bwd, _scan_fwd
 
 STEP = 1e-100
@@ -42,6 +44,8 @@ def _derivatives(cell, found, name):
 
 def _bound(cell, params):
     """The cell with these parameters, and the gradients of them that its backward adds up."""
+    if isinstance(cell, RowCell):
+        return _bound_rows(cell, params)
     params = np.zeros((0, 0)) if params is None else params
     dparams = np.zeros_like(params)
 
@@ -63,6 +67,38 @@ def _bound(cell, params):
         dgh = np.concatenate(planes[1:] if split else planes, axis=-1)
         dh_direct = pulled("h") if "h" in cell.arguments else 0
         return dgx, dgh, dh_direct, pulled("c") if cell.has_c else dc
+
+    return Cell(cell.gates, cell.has_c, fwd, bwd), dparams
+
+
+def _bound_rows(cell, params):
+    """The same for a cell of whole rows."""
+    dparams = np.zeros_like(params)
+
+    def fwd(gx, gh, h, c):
+        found = dict(zip(cell.arguments, (gx, gh, c if cell.has_c else h, params), strict=True))
+        results = cell.function(*found.values())
+        h_next, c_next = results if cell.has_c else (results, c)
+        return h_next, c_next, found
+
+    def bwd(dh, dc, found):
+        def pulled(name, *at):
+            """Of each row's dh h' + dc c' by one number of an argument."""
+            moved = found | {name: found[name].astype(complex)}
+            moved[name][at] += 1j * STEP
+            results = cell.function(*moved.values())
+            results = results if cell.has_c else (results,)
+            flow = zip((dh, dc), results, strict=False)
+            return sum((d * np.imag(r) / STEP).sum(axis=-1) for d, r in flow)
+
+        def pulled_rows(name):
+            columns = range(found[name].shape[-1])
+            return np.stack([pulled(name, ..., k) for k in columns], axis=-1)
+
+        for at in np.ndindex(params.shape):
+            dparams[at] += pulled("params", *at).sum()
+        dgx, dgh = pulled_rows("gx"), pulled_rows("gh")
+        return (dgx, dgh, 0, pulled_rows("c")) if cell.has_c else (dgx, dgh, pulled_rows("h"), dc)
 
     return Cell(cell.gates, cell.has_c, fwd, bwd), dparams
 

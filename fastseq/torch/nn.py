@@ -8,6 +8,7 @@ subclasses torch.compile refuses.
 
 from fastseq.torch.attention_nn import MultiheadAttention
 from fastseq.torch.cells_nn import GRUCell, LSTMCell, RNNCell
+from fastseq.torch.layer_norm_nn import LayerNormGRU, LayerNormLSTM
 from fastseq.torch.linear_scan_nn import MinGRU, MinLSTM
 from fastseq.torch.recurrent_nn import GRU, LSTM, RNN
 from fastseq.torch.user_cells_nn import Recurrent
@@ -18,6 +19,8 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormLSTM",
     "MinGRU",
     "MinLSTM",
     "MultiheadAttention",

@@ -1,4 +1,4 @@
-"""Operators torch.ops.fastseq.{rnn_tanh, rnn_relu, gru, lstm}, their backwards, and `run`.
+"""Operators torch.ops.fastseq.{rnn_tanh, gru, lstm, ...}, their backwards, and `run`.
 
 One operator computes a whole stack of layers and both directions. All have one schema, those of
 users' cells too (torch.ops.fastseq.cell_<name>_<hash>); an output that a call does not ask for is
@@ -16,6 +16,7 @@ from torch import _C, from_numpy
 from torch.autograd import Function
 
 from fastseq import _check, _stack
+from fastseq._cell import TracedCell
 from fastseq._spec import KINDS, LISTENERS, Spec
 from fastseq.torch import recurrent_cuda
 from fastseq.torch._tensors import (
@@ -33,7 +34,7 @@ from fastseq.torch._tensors import (
     unsupported,
 )
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # those with a path for CUDA tensors
 
 _SCHEMA = (
     "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, "
@@ -61,8 +62,7 @@ def run(spec, x, h0, c0, weights, lengths=None, resets=None, cell_states=False, 
     """
     if on_gpu(x):
         if spec.cell not in CELLS:
-            got = f"got x on {x.device}"
-            raise NotImplementedError(f"{spec.op}: a user's cell runs on the CPU, {got}")
+            raise NotImplementedError(f"{spec.op}: it runs on the CPU, got x on {x.device}")
         x, h0, c0, *weights = recurrent_cuda.autocast(x, h0, c0, *weights)
     elif x.dtype not in FLOATS or not (x.is_cpu or x.is_meta):
         raise unsupported(spec.cell, "x", x)
@@ -313,7 +313,7 @@ _BWD_OPERATORS: dict = {}
 
 def _define(cell):
     """Register the operators of a cell: the built-in ones here, a user's when it is made."""
-    name = cell if cell in CELLS else f"cell_{cell}"
+    name = f"cell_{cell}" if isinstance(KINDS[cell], TracedCell) else cell
     forward, backward = partial(_kernel, cell), partial(_kernel_bwd, cell)
     rules = partial(_autograd, cell), partial(_fake, cell)
     _OPERATORS[cell] = register(name, _SCHEMA, forward, *rules, forward)

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from fastseq._cell import Cell
 from fastseq.torch.functional import _scan
-from fastseq.user_cells import Cell, spec_of
+from fastseq.user_cells import spec_of
 
 
 def scan(
@@ -28,7 +29,7 @@ def scan(
         a = W_ih x + b_ih + W_hh h + b_hh        h', c' = cell(a_1, ..., a_G, h, c, params)
 
     Args:
-        cell: what `fastseq.cell` made, with G gates.
+        cell: what `fastseq.cell` made, or one of `fastseq.cells`, with G gates.
         x: (T, B, I) float32 or float64 on the CPU; any strides.
         w_ih: (G H, I), gates in the order of the cell's arguments.
         w_hh: (G H, H), or None for a cell without it.
@@ -48,7 +49,7 @@ def scan(
         y (T, B, H), or (y, c) with return_cell_states, and h_n (B, H), or (h_n, c_n).
 
     Raises:
-        TypeError: cell is not a Cell, an argument is no tensor, or of another dtype.
+        TypeError: cell is no such cell, an argument is no tensor, or of another dtype.
         ValueError: a shape, limit or length does not fit.
         NotImplementedError: x is on a GPU. ImportError: Numba is not installed.
         RuntimeError: a second derivative is asked for.

@@ -2,8 +2,8 @@
 
 import torch
 
+from fastseq._cell import Cell, RowCell, check
 from fastseq.torch.recurrent_nn import Layers
-from fastseq.user_cells import Cell
 
 
 class Recurrent(Layers):
@@ -12,10 +12,10 @@ class Recurrent(Layers):
         a = W_ih x + b_ih + W_hh h + b_hh        h', c' = cell(a_1, ..., a_G, h, c, params)
 
     Its parameters are named as torch.nn.LSTM's; those per unit are params_l0 (N, H) and so on. All
-    are drawn from U(-1/sqrt(H), 1/sqrt(H)).
+    are drawn from U(-1/sqrt(H), 1/sqrt(H)), but gains of a normalisation are 1 and its biases 0.
 
     Args:
-        cell: what `fastseq.cell` made.
+        cell: what `fastseq.cell` made, or one of `fastseq.cells`.
         input_size: I.
         hidden_size: H.
         num_layers: how many, each the input of the next.
@@ -28,7 +28,7 @@ class Recurrent(Layers):
         dtype: float32 or float64.
 
     Raises:
-        TypeError: cell was not made by `fastseq.cell`. ValueError: a size or probability is out of
+        TypeError: cell is no such cell. ValueError: a size or probability is out of
             range. forward: as torch.nn.LSTM.
 
     Equivalent to: a loop over time around `cell`. Accuracy, Cost, Source: `fastseq.cell`.
@@ -49,8 +49,7 @@ class Recurrent(Layers):
         device=None,
         dtype=None,
     ):
-        if not isinstance(cell, Cell):
-            raise TypeError(f"Recurrent: cell must be made by fastseq.cell, got {cell!r}")
+        check("Recurrent", cell)
         # torch.nn's constructor knows its own cells only: the plain one checks and sets the rest
         options = num_layers, bias, batch_first, dropout, bidirectional
         super().__init__("RNN_TANH", input_size, hidden_size, *options, device="meta")
@@ -78,3 +77,12 @@ class Recurrent(Layers):
             return weights.get(name, (G * H,))
 
         return shape
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        cell = getattr(self, "cell", None)  # torch.nn's constructor asks before there is one
+        if isinstance(cell, RowCell):
+            with torch.no_grad():
+                for name, parameter in self.named_parameters():
+                    if name.startswith("params"):
+                        parameter[: cell.gains], parameter[cell.gains :] = 1, 0

@@ -75,13 +75,6 @@ INLINE vec exp_nonpositive(vec x) {
 INLINE real exp_real(real x) { return sizeof(real) == 4 ? (real)expf(x) : (real)exp(x); }
 INLINE real log_real(real x) { return sizeof(real) == 4 ? (real)logf(x) : (real)log(x); }
 
-INLINE real sum_lanes(vec v) {
-    real s = v[0];
-    for (int l = 1; l < VL; l++)
-        s += v[l];
-    return s;
-}
-
 /* VL reals, or VL bytes widened, from memory with any stride and without reading past n. */
 INLINE vec load_strided(const real *p, intptr_t stride, intptr_t n) {
     if (stride == 1 && n >= VL)

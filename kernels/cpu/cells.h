@@ -8,7 +8,8 @@
  *     rnn   a                      gradients  da
  *     gru   xn | r | z | hn        gradients  dhn | dr | dz | dxn    (hn = W_hn h + b_hn stays apart from xn)
  *     lstm  i | f | g | o          gradients  di | df | dg | do
- * The state product adds to the last `gates` planes, the projected input to the first: for a GRU they differ by one.
+ * The state product adds to the last `gates` planes, the projected input to the first: for a GRU they differ by one,
+ * and the cells of layer_norm_cells.h, whose tiles are whole rows, keep all planes of x and h apart.
  * The gradients of the first `gates` planes belong to h, of the last to x: DGATES holds them as [plane][H], and
  * after them those of the parameters per unit that a cell may have.
  */
@@ -32,20 +33,20 @@ typedef struct {
     const real *params;    /* the parameters of the tile's units, whole vectors; they are the same for all rows */
     const Functions *functions;
     real *row[SLOTS][MAX_ROWS];
+    intptr_t units; /* of the tile: the last vector may hold fewer than VL */
 } Tile;
 
 typedef void (*CellFn)(const Tile *);
 
-enum { MAX_PARAMS = 8 };
-
 typedef struct {
     int gates;       /* rows of w_ih and w_hh per unit */
-    int planes;      /* values kept per unit: gates, or gates + 1 where hn stays apart from xn */
+    int planes;      /* values kept per unit: gates, and those of h that stay apart from x */
     int has_c;       /* a second state besides h */
     int saves_gates; /* backward needs GATES (a plain RNN needs only H) */
     int dh_direct;   /* h reaches h' also past the gates: DH_OUT is written */
     int recurrent;   /* h is multiplied with w_hh; else it reaches h' only past the gates */
     int params;      /* parameters per unit */
+    int whole_rows;  /* a tile is one row with all its units */
     CellFn forward, backward;
 } Cell;
 
@@ -140,16 +141,20 @@ static void lstm_backward(const Tile *t) {
 }
 #undef PLANES
 
-enum { RNN_TANH, RNN_RELU, GRU, LSTM, CELLS };
+#include "layer_norm_cells.h"
+
+enum { RNN_TANH, RNN_RELU, GRU, LSTM, LAYER_NORM_GRU, LAYER_NORM_LSTM, CELLS };
 
 /* Returned by value: a table of function pointers is no shared state. */
 INLINE Cell cell_of(int which) {
     const Cell cells[CELLS] = {
-        /* gates planes has_c saves_gates dh_direct recurrent params */
-        [RNN_TANH] = {1, 1, 0, 0, 0, 1, 0, rnn_tanh_forward, rnn_tanh_backward},
-        [RNN_RELU] = {1, 1, 0, 0, 0, 1, 0, rnn_relu_forward, rnn_relu_backward},
-        [GRU] = {3, 4, 0, 1, 1, 1, 0, gru_forward, gru_backward},
-        [LSTM] = {4, 4, 1, 1, 0, 1, 0, lstm_forward, lstm_backward},
+        /* gates planes has_c saves_gates dh_direct recurrent params whole_rows */
+        [RNN_TANH] = {1, 1, 0, 0, 0, 1, 0, 0, rnn_tanh_forward, rnn_tanh_backward},
+        [RNN_RELU] = {1, 1, 0, 0, 0, 1, 0, 0, rnn_relu_forward, rnn_relu_backward},
+        [GRU] = {3, 4, 0, 1, 1, 1, 0, 0, gru_forward, gru_backward},
+        [LSTM] = {4, 4, 1, 1, 0, 1, 0, 0, lstm_forward, lstm_backward},
+        [LAYER_NORM_GRU] = {3, 6, 0, 1, 1, 1, 10, 1, layer_norm_gru_forward, layer_norm_gru_backward},
+        [LAYER_NORM_LSTM] = {4, 8, 1, 1, 0, 1, 14, 1, layer_norm_lstm_forward, layer_norm_lstm_backward},
     };
     return cells[which];
 }

@@ -10,7 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}  # the order of cells.h
+CELLS = {
+    "rnn_tanh": 0,
+    "rnn_relu": 1,
+    "gru": 2,
+    "lstm": 3,
+    "layer_norm_gru": 4,
+    "layer_norm_lstm": 5,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +33,7 @@ class CompiledCell:
     has_c: bool
     recurrent: bool  # takes w_hh
     dh_direct: bool  # h reaches h' also past the gates
-    params: int  # per unit, at most MAX_PARAMS of cells.h
+    params: int  # per unit
     forward: int  # addresses
     backward: int
 

@@ -18,6 +18,7 @@ cdef Cell cell_from(object which) except *:
         return cell_of(which)
     c.gates, c.planes, c.has_c = which.gates, which.gates + which.split, which.has_c
     c.saves_gates, c.dh_direct, c.recurrent, c.params = True, which.dh_direct, which.recurrent, which.params
+    c.whole_rows = False
     c.forward, c.backward = <CellFn><size_t>which.forward, <CellFn><size_t>which.backward
     return c
 
@@ -284,7 +285,6 @@ def tile_layout():
     return {
         "lanes": VL,
         "max_rows": MAX_ROWS,
-        "max_params": MAX_PARAMS,
         "words": {name: k for k, name in enumerate(words.split())},
         "slots": {name: 6 + k * MAX_ROWS for k, name in enumerate(names.split())},
         "functions": {name: k for k, name in enumerate(("exp", "tanh", "sigmoid"))},

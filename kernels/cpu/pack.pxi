@@ -15,6 +15,8 @@ cdef struct Shape:
     Py_ssize_t gate_row         # reals of one row of GATES: panels * units * planes * VL
     Py_ssize_t dgates_row       # reals of one row of DGATES: planes and parameters, H each
     Py_ssize_t params_plane     # H in whole vectors
+    Py_ssize_t tile_width       # reals of a row of a cell's tile: 4 vectors, or all units
+    Py_ssize_t tail_rows        # rows of a tile that goes through `tail`
 
 
 cdef struct Packed:             # offsets of the parts, and the whole, in reals
@@ -40,6 +42,8 @@ cdef Shape shape_of(const Cell *cell, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P) 
     s.gate_row = s.panels * s.units * s.cell.planes * VL
     s.dgates_row = (s.cell.planes + s.cell.params) * H
     s.params_plane = ceil_div(H, VL) * VL
+    s.tile_width = max(s.params_plane, <Py_ssize_t>4 * VL) if s.cell.whole_rows else 4 * VL
+    s.tail_rows = 1 if s.cell.whole_rows else MAX_ROWS
     return s
 
 
@@ -79,7 +83,7 @@ cdef Packed packed_backward(const Shape *s) noexcept nogil:
 
 cdef inline int plane_gate(const Shape *s, int plane, bint of_input) noexcept nogil:
     """The gate of torch's order in plane `plane` of the input's or the state's share of GATES."""
-    if of_input and s.cell.planes > s.cell.gates:       # xn | r | z against r | z | n
+    if of_input and s.cell.planes == s.cell.gates + 1:  # xn | r | z against r | z | n
         return (plane + s.cell.gates - 1) % s.cell.gates
     return plane
 

@@ -13,8 +13,6 @@ cdef extern from "cells.h" nogil:
         SLOTS
     enum:
         GATES, H_PREV, C_PREV, H, C, DH_PRODUCT, DY, DC_EXTERNAL, DH_IN, DC_IN, DGATES, DH_OUT, DC_OUT
-    enum:
-        MAX_PARAMS
     ctypedef struct Functions:
         pass
     const Functions functions
@@ -23,9 +21,10 @@ cdef extern from "cells.h" nogil:
         const real *params
         const Functions *functions
         real *row[13][8]
+        Py_ssize_t units
     ctypedef void (*CellFn)(const Tile *) noexcept nogil
     ctypedef struct Cell:
-        int gates, planes, has_c, saves_gates, dh_direct, recurrent, params
+        int gates, planes, has_c, saves_gates, dh_direct, recurrent, params, whole_rows
         CellFn forward, backward
     Cell cell_of(int which)
 

@@ -86,8 +86,10 @@ cdef inline void sync(const Part *p) noexcept nogil:
 
 
 cdef bint split_by_units(const Job *job, int size, Py_ssize_t l2_bytes) noexcept nogil:
-    """Slabs need full tiles for every thread and recurrent weights that stay in its L2."""
+    """Slabs need full tiles for every thread and recurrent weights that stay in its L2. Whole rows need slabs."""
     cdef const Shape *s = &job.shape
+    if s.cell.whole_rows:
+        return False
     cdef Py_ssize_t weights = s.R * s.cell.gates * s.H * sizeof(real)
     return s.panels >= size and (job.B < size * tile_rows(s.nv) or 2 * weights > l2_bytes)
 
@@ -134,17 +136,22 @@ cdef struct Rows:
     real **row[SLOTS]
 
 
-cdef enum:
-    TAIL_ROW = 4 * VL
-    TAIL_PLANES = 5 + MAX_PARAMS        # of DGATES
-    TAIL_BYTES = (SLOTS + TAIL_PLANES) * MAX_ROWS * TAIL_ROW * sizeof(real)
+cdef inline Py_ssize_t tail_planes(const Shape *s) noexcept nogil:
+    return s.cell.planes + s.cell.params
+
+
+cdef inline Py_ssize_t tail_bytes(const Shape *s) noexcept nogil:
+    """Room for a tile of every slot, and for one of a product."""
+    cdef Py_ssize_t tile = (SLOTS + tail_planes(s)) * s.tail_rows * s.tile_width
+    return max(tile, <Py_ssize_t>MAX_ROWS * 4 * VL) * sizeof(real)
 
 
 cdef inline real *tail_row(const Part *p, int slot, Py_ssize_t r) noexcept nogil:
-    """Row r of a slot in `tail`: [SLOTS][MAX_ROWS][TAIL_ROW], and behind them [MAX_ROWS][TAIL_PLANES][TAIL_ROW]."""
+    """Row r of a slot in `tail`: [SLOTS][tail_rows][tile_width], and behind them [tail_rows][planes][tile_width]."""
+    cdef const Shape *s = &p.job.shape
     if slot == DGATES:
-        return p.tail + (SLOTS * MAX_ROWS + r * TAIL_PLANES) * TAIL_ROW
-    return p.tail + (slot * MAX_ROWS + r) * TAIL_ROW
+        return p.tail + (SLOTS * s.tail_rows + r * tail_planes(s)) * s.tile_width
+    return p.tail + (slot * s.tail_rows + r) * s.tile_width
 
 
 cdef inline bint is_input(int slot, bint forward) noexcept nogil:
@@ -174,7 +181,8 @@ cdef void call_cell(const Part *p, const Rows *rows, Py_ssize_t first, Py_ssize_
     cdef real *at
     t.rows = n
     t.blocks = ceil_div(valid, VL)
-    t.dgates_plane = TAIL_ROW if redirect else shape.H
+    t.dgates_plane = shape.tile_width if redirect else shape.H
+    t.units = valid
     t.params, t.params_plane, t.functions = p.params + unit, shape.params_plane, &functions
     for slot in range(SLOTS):
         if slot == DH_PRODUCT:

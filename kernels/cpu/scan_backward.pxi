@@ -21,7 +21,8 @@ cdef struct Backward:
     Py_ssize_t active           # rows the scan has reached
     Py_ssize_t r0, r1           # its panels of the R columns of h
     Py_ssize_t u0, u1           # its panels of the H units; those of R without a projection
-    real *acc                   # (n, 4 * VL): one panel of a product, or ROW_PANELS of a single row
+    real *acc                   # (n, 4 * VL): one panel of a product, or ROW_PANELS of a single row; or whole rows
+    Py_ssize_t acc_stride       # from row to row
     real **acc_row
     Rows rows
     const real **from_gates     # dGATES rows of the step after
@@ -42,9 +43,10 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     cdef Py_ssize_t n = g.part.n, pointer = sizeof(void *), rows = g.chunk * g.part.job.B
     cdef Py_ssize_t width = s.cell.planes * s.H
     cdef int slot
-    g.part.tail = <real *>take(arena, TAIL_BYTES)
-    g.part.zero = <real *>take(arena, (max(width, s.R, s.I) + TAIL_ROW) * sizeof(real))
-    g.acc = <real *>take(arena, max(n, <Py_ssize_t>ROW_PANELS) * 4 * VL * sizeof(real))
+    g.part.tail = <real *>take(arena, tail_bytes(s))
+    g.part.zero = <real *>take(arena, (max(width, s.R, s.I) + s.tile_width) * sizeof(real))
+    g.acc_stride = ceil_div(s.H, 4 * VL) * 4 * VL if s.cell.whole_rows else 4 * VL
+    g.acc = <real *>take(arena, max(n, <Py_ssize_t>ROW_PANELS) * g.acc_stride * sizeof(real))
     g.acc_row = <real **>take(arena, n * pointer)
     for slot in range(SLOTS):
         g.rows.row[slot] = <real **>take(arena, n * pointer)
@@ -179,54 +181,70 @@ cdef void limit_flow(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col
             limit_row(g.acc_row[r], valid, g.part.job.limit)
 
 
+cdef inline real *acc_at(Backward *g, Py_ssize_t i, Py_ssize_t panel) noexcept nogil:
+    """Where row i of a panel is summed: the panels take the same place, unless the cell needs whole rows."""
+    return g.acc + i * g.acc_stride + (panel * 4 * VL if g.part.job.shape.cell.whole_rows else 0)
+
+
+cdef void finish_panel(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t panel, bint to_cell,
+                       bint limited) noexcept nogil:
+    """n rows of a panel, summed, go to the cell, unless that waits for all panels, or are kept as dh."""
+    cdef Py_ssize_t width = 4 * VL
+    if limited:
+        limit_flow(g, i, n, panel * width)
+    if not to_cell:
+        collect(g, i, n, panel * width)
+    elif not g.part.job.shape.cell.whole_rows:
+        call_cell(&g.part, &g.rows, i, n, panel * width, width, g.acc_row[i], False)
+
+
 cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
                            Py_ssize_t active, bint to_cell) noexcept nogil:
-    """a W panel by panel; each goes to the cell, or is kept as dh. In blocks of k, so that a panel's block stays in
-    L2 for all rows. Where nothing flows back, at a row's end and before a reset, the row is zero even if a weight is
-    not finite."""
-    cdef Py_ssize_t width = 4 * VL, most = tile_rows(4), panel, i, k0, n, left
+    """a W panel by panel. In blocks of k, so that a panel's block stays in L2 for all rows. Where nothing flows back,
+    at a row's end and before a reset, the row is zero even if a weight is not finite."""
+    cdef const Shape *s = &g.part.job.shape
     cdef bint limited = g.part.job.limit < INFINITY and a == g.from_gates
-    for i in range(active):
-        g.acc_row[i] = g.acc + i * width
+    cdef Py_ssize_t panel, i
     if active == 1:
         backward_row(g, a[0], K, w, p0, p1, to_cell, limited)
-        return
-    for panel in range(p0, p1):
-        k0 = 0
-        while k0 == 0 or k0 < K:
-            backward_tiles(g, a, k0, imin(k0 + K_BLOCK, K), w + (panel * K + k0) * width, active)
-            k0 += K_BLOCK
-        i = 0
-        left = ceil_div(active, most)
-        while left > 0:
-            n = ceil_div(active - i, left)
-            if limited:
-                limit_flow(g, i, n, panel * width)
-            if to_cell:
-                call_cell(&g.part, &g.rows, i, n, panel * width, width, g.acc_row[i], False)
-            else:
-                collect(g, i, n, panel * width)
-            i += n
-            left -= 1
+    else:
+        for panel in range(p0, p1):
+            backward_panel(g, a, K, w + panel * K * 4 * VL, panel, active, to_cell, limited)
+    if to_cell and s.cell.whole_rows:
+        for i in range(active):
+            call_cell(&g.part, &g.rows, i, 1, 0, s.params_plane, acc_at(g, i, 0), False)
+
+
+cdef void backward_panel(Backward *g, const real **a, Py_ssize_t K, const real *w, Py_ssize_t panel,
+                         Py_ssize_t active, bint to_cell, bint limited) noexcept nogil:
+    """One panel of all active rows."""
+    cdef Py_ssize_t i = 0, k0 = 0, n, left = ceil_div(active, tile_rows(4))
+    for n in range(active):
+        g.acc_row[n] = acc_at(g, n, panel)
+    while k0 == 0 or k0 < K:
+        backward_tiles(g, a, k0, imin(k0 + K_BLOCK, K), w + k0 * 4 * VL, active)
+        k0 += K_BLOCK
+    while left > 0:
+        n = ceil_div(active - i, left)
+        finish_panel(g, i, n, panel, to_cell, limited)
+        i += n
+        left -= 1
 
 
 cdef void backward_row(Backward *g, const real *a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
                        bint to_cell, bint limited) noexcept nogil:
     """The same for a single row, a few panels at a time."""
     cdef Py_ssize_t width = 4 * VL, panel = p0, n, p
+    cdef real *acc
     while panel < p1:
         n = imin(ROW_PANELS, p1 - panel)
-        memset(g.acc, 0, n * width * sizeof(real))
+        acc = acc_at(g, 0, panel)
+        memset(acc, 0, n * width * sizeof(real))
         if a != g.part.zero:
-            row_tile(n, 4, a, 0, K, w + panel * K * width, K * width, g.acc, width)
+            row_tile(n, 4, a, 0, K, w + panel * K * width, K * width, acc, width)
         for p in range(n):
-            g.acc_row[0] = g.acc + p * width
-            if limited:
-                limit_flow(g, 0, 1, (panel + p) * width)
-            if to_cell:
-                call_cell(&g.part, &g.rows, 0, 1, (panel + p) * width, width, g.acc_row[0], False)
-            else:
-                collect(g, 0, 1, (panel + p) * width)
+            g.acc_row[0] = acc + p * width
+            finish_panel(g, 0, 1, panel + p, to_cell, limited)
         panel += n
 
 

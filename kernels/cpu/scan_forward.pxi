@@ -28,8 +28,8 @@ cdef void forward_layout(Forward *f, char **arena) noexcept nogil:
     cdef const Shape *s = &job.shape
     cdef Py_ssize_t n = f.part.n, pointer = sizeof(void *)
     f.chunk = imin(job.T, 1 + (CHUNK_ROWS - 1) // (n if n > 0 else 1))
-    f.part.tail = <real *>take(arena, TAIL_BYTES)
-    f.part.zero = <real *>take(arena, (s.H + s.R + TAIL_ROW) * sizeof(real))
+    f.part.tail = <real *>take(arena, tail_bytes(s))
+    f.part.zero = <real *>take(arena, (s.H + s.R + s.tile_width) * sizeof(real))
     f.scratch = <real *>take(arena, 0 if job.gates != NULL else f.chunk * n * s.gate_row * sizeof(real))
     f.x_row = <const real **>take(arena, f.chunk * n * pointer)
     f.gate_row = <real **>take(arena, f.chunk * n * pointer)
@@ -45,6 +45,7 @@ cdef void forward_project(Forward *f, Py_ssize_t s0, Py_ssize_t s1, Py_ssize_t a
     cdef Job *job = f.part.job
     cdef const Shape *shape = &job.shape
     cdef Py_ssize_t s, i, b, t, k, M = 0, unit
+    cdef Py_ssize_t apart = (shape.cell.planes - shape.cell.gates) * VL
     cdef Product p
     for s in range(s0, s1):
         active = active_rows(&f.part, s, active)
@@ -63,11 +64,11 @@ cdef void forward_project(Forward *f, Py_ssize_t s0, Py_ssize_t s1, Py_ssize_t a
     p.columns = shape.gate_row
     p.tail = f.part.tail
     product(&p, f.x_row, f.gate_row, M)
-    if shape.cell.planes > shape.cell.gates:        # hn starts from its own bias
+    if shape.cell.planes > shape.cell.gates:        # what stays apart from x starts from its own bias
         for i in range(M):
             for k in range(f.p0, f.p1):
                 unit = (k * shape.cell.planes + shape.cell.gates) * VL
-                memcpy(f.gate_row[i] + unit, p.init + unit, VL * sizeof(real))
+                memcpy(f.gate_row[i] + unit, p.init + unit, apart * sizeof(real))
 
 
 cdef void forward_rows(Forward *f, Py_ssize_t s, Py_ssize_t active) noexcept nogil:
@@ -104,6 +105,22 @@ cdef void forward_rows(Forward *f, Py_ssize_t s, Py_ssize_t active) noexcept nog
             f.rows.row[C][i] = c_out
 
 
+cdef inline void forward_panel(Forward *f, Py_ssize_t panel, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
+    """The cell of a panel of n rows, unless it waits for all panels."""
+    cdef const Shape *s = &f.part.job.shape
+    if not s.cell.whole_rows:
+        call_cell(&f.part, &f.rows, i, n, panel * s.units * VL, s.units * VL, NULL, True)
+
+
+cdef void forward_whole_rows(Forward *f, Py_ssize_t active) noexcept nogil:
+    """The cell that does."""
+    cdef const Shape *s = &f.part.job.shape
+    cdef Py_ssize_t i
+    if s.cell.whole_rows:
+        for i in range(active):
+            call_cell(&f.part, &f.rows, i, 1, 0, s.params_plane, NULL, True)
+
+
 cdef void forward_row(Forward *f, real *gates) noexcept nogil:
     """A step with one active row."""
     cdef Job *job = f.part.job
@@ -116,7 +133,7 @@ cdef void forward_row(Forward *f, real *gates) noexcept nogil:
         row_tile(n, s.nv, f.rows.row[H_PREV][0], 0, K, job.packed + f.at.w_hh + panel * reals, reals,
                  gates + panel * stride + first_plane, stride)
         for p in range(panel, panel + n):
-            call_cell(&f.part, &f.rows, 0, 1, p * s.units * VL, s.units * VL, NULL, True)
+            forward_panel(f, p, 0, 1)
         panel += n
 
 
@@ -142,6 +159,7 @@ cdef void forward_step(Forward *f, real **gates, Py_ssize_t active) noexcept nog
     f.rows.row[GATES] = gates
     if active == 1:
         forward_row(f, gates[0])
+        forward_whole_rows(f, 1)
         return
     for panel in range(f.p0, f.p1):
         k0 = 0
@@ -152,8 +170,9 @@ cdef void forward_step(Forward *f, real **gates, Py_ssize_t active) noexcept nog
         while i < active:
             end = imin(i + group, active)
             forward_tiles(f, panel, k0, K, i, end)
-            call_cell(&f.part, &f.rows, i, end - i, panel * s.units * VL, s.units * VL, NULL, True)
+            forward_panel(f, panel, i, end - i)
             i = end
+    forward_whole_rows(f, active)
 
 
 cdef void forward_projection(Forward *f, Py_ssize_t active) noexcept nogil:

@@ -46,6 +46,13 @@ INLINE void store(real *p, vec v) { memcpy(p, &v, sizeof v); }
 INLINE vec broadcast(real a) { return a - (vec){0}; }
 INLINE vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 
+INLINE real sum_lanes(vec v) {
+    real s = v[0];
+    for (int l = 1; l < VL; l++)
+        s += v[l];
+    return s;
+}
+
 #if defined(__x86_64__)
 #define PASTE(a, b, c) a##b##c
 #define INTRINSIC_(prefix, op, suffix) PASTE(prefix, op, suffix)
