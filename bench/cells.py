@@ -81,6 +81,7 @@ BARS = (
         "layer-normalised LSTM training / eager loop",
         lambda case: case["kind"] == "layer_norm_lstm" and case["job"] == "train",
         lambda row: row.ratio(LOOP),
+        1.3,
         4.0,
     ),
 )
