@@ -34,7 +34,7 @@ class Place:
     packed: slice  # of the packed weights
     y: slice | None  # columns of its layer's y; None: all
     c: slice | None
-    reserve: dict[str, Part]  # gates, c, m: what is kept of them for backward
+    reserve: dict[str, Part]  # gates, c, m, m_c: what is kept of them for backward
 
     def weights_of(self, weights: Sequence) -> tuple:
         """Its weights in C order, None where absent."""
@@ -94,7 +94,8 @@ def sized(spec: Spec, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype) -
         d, inputs = index % D, I if index < D else D * R
         kept = {"gates": reserve.array(T, B, gate_row)} if gate_row else {}
         kept |= {"c": reserve.array(T, B, H)} if spec.kind.has_c else {}
-        kept |= {"m": reserve.array(T, B, H)} if P else {}
+        kept |= {"m": reserve.array(T, B, H)} if P or spec.zoneout else {}
+        kept |= {"m_c": reserve.array(T, B, H)} if spec.zoneout and spec.kind.has_c else {}
         place = Place(
             index=index,
             sizes=(T, B, inputs, H, P),

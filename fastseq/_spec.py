@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +59,28 @@ def name_of(kind: Kind) -> str:
     return next(name for name, known in KINDS.items() if known is kind)
 
 
+class Masks(NamedTuple):
+    """The arrays of a call that are neither states nor weights, None where absent; S scans."""
+
+    lengths: Any = None  # (B,)
+    resets: Any = None  # (T, B)
+    recurrent_mask: Any = None  # (S, B, R), multiplied into h before W_hh
+    zoneout_h: Any = None  # (S, T, B, H), the share of h that stays
+    zoneout_c: Any = None
+
+    @property
+    def zoneout(self) -> bool:
+        return self.zoneout_h is not None or self.zoneout_c is not None
+
+    def of(self, scans: slice) -> Masks:
+        """Those of some of the scans."""
+        lengths, resets, *own = self
+        return Masks(lengths, resets, *(None if a is None else a[scans] for a in own))
+
+
+NO_MASKS = Masks()
+
+
 class Spec(NamedTuple):
     """What does not change from call to call."""
 
@@ -70,6 +92,7 @@ class Spec(NamedTuple):
     proj: bool = False  # weights hold w_hr
     step: bool = False  # called as a single step: errors say gru_cell and h, not gru and h0
     limit: float | None = None  # of the gradient that flows from one step to the one before
+    zoneout: bool = False  # a call's masks hold zoneout_h or zoneout_c
 
     @property
     def kind(self) -> Kind:

@@ -16,7 +16,7 @@ import numpy as np
 from fastseq import _check, _dispatch
 from fastseq._arrays import contiguous, rows
 from fastseq._plan import Place, Plan, check_state, plan_for, signatures, sized
-from fastseq._spec import Spec
+from fastseq._spec import NO_MASKS, Masks, Spec
 from fastseq.kernels.cpu.contract import Scan
 
 Array = np.ndarray
@@ -73,9 +73,9 @@ class _Call:
     """One call's checked arguments, the same for all layers."""
 
     plan: Plan
-    lengths: Array | None
+    zoneout: bool
+    masks: Masks
     order: Array | None
-    resets: Array | None
     h0: Array | None
     c0: Array | None
     reserve: Array | None
@@ -83,14 +83,14 @@ class _Call:
 
     def scan(self, place: Place, x: Array, y: Array, h_n, c_n, c, packed=None) -> Scan:
         """A scan between a layer's input and its whole output; h_n, c_n and c may be None."""
-        gates = m = None
+        gates = m = m_c = None
         if self.reserve is not None:
             kept = place.kept(self.reserve)
-            gates, m, c = kept.get("gates"), kept.get("m"), kept.get("c")
+            gates, m, c, m_c = (kept.get(name) for name in ("gates", "m", "c", "m_c"))
         elif place.c is not None and c is not None:
             c = c[:, :, place.c]
-        if m is None and self.plan.P:
-            m = np.empty((1, self.plan.B, self.plan.H), self.plan.dtype)
+        if m is None and (self.plan.P or self.zoneout):
+            m, m_c = np.empty((2, 1, self.plan.B, self.plan.H), self.plan.dtype)
         y = y if place.y is None else y[:, :, place.y]
         i = place.index
         h0 = None if self.h0 is None else self.h0[i]
@@ -98,8 +98,16 @@ class _Call:
         h_n = None if h_n is None else h_n[i]
         c_n = None if c_n is None else c_n[i]
         # by place, which takes half the time of by name
-        fixed, masks = (place.sizes, x, (), place.reverse), (self.lengths, self.order, self.resets)
-        return Scan(*fixed, h0, c0, *masks, y, h_n, c_n, c, m, gates, packed)
+        fixed, masks = (place.sizes, x, (), place.reverse), self.masks
+        rows = masks.lengths, self.order, masks.resets
+        scan = Scan(*fixed, h0, c0, *rows, y, h_n, c_n, c, m, gates, packed)
+        if masks.recurrent_mask is not None:
+            scan.recurrent_mask = masks.recurrent_mask[i]
+        if self.zoneout:
+            scan.m_c = m_c
+            found = masks.zoneout_h, masks.zoneout_c
+            scan.zoneout_h, scan.zoneout_c = (None if a is None else a[i] for a in found)
+        return scan
 
     def output(self, layer: int) -> Array:
         """Memory for a layer's y: in the reserve, if backward follows and a layer stands above."""
@@ -118,15 +126,37 @@ def _columns(a: Array | None, part: slice | None) -> Any:
     return a if a is None or part is None else a[:, :, part]
 
 
-def _call(spec: Spec, plan: Plan, h0, c0, lengths, resets, reserve) -> _Call:
+def _call(spec: Spec, plan: Plan, h0, c0, masks: Masks, reserve) -> _Call:
     order = None
+    if masks is not NO_MASKS:
+        masks = _checked(spec, plan, masks)
+        order = None if masks.lengths is None else np.argsort(-masks.lengths, kind="stable")
+    threads = _dispatch.get_num_threads()
+    h0, c0 = contiguous(h0), contiguous(c0)
+    return _Call(plan, spec.zoneout, masks, order, h0, c0, reserve, threads)
+
+
+def _checked(spec: Spec, plan: Plan, masks: Masks) -> Masks:
+    """The masks as the kernels take them."""
+    S, T, B = spec.scans, plan.T, plan.B
+    lengths, resets, *noise = masks
     if lengths is not None:
-        lengths = _check.counts(spec.op, "lengths", lengths, ("B", plan.B), ("T", plan.T))
-        order = np.argsort(-lengths, kind="stable")
+        lengths = _check.counts(spec.op, "lengths", lengths, ("B", B), ("T", T))
     if resets is not None:
-        resets = _check.resets(spec.op, resets, plan.T, plan.B)
-    masks, states = (lengths, order, resets), (contiguous(h0), contiguous(c0))
-    return _Call(plan, *masks, *states, reserve, _dispatch.get_num_threads())
+        resets = _check.resets(spec.op, resets, T, B)
+    for name, letters, expected in (
+        ("recurrent_mask", f"B, {'P' if plan.P else 'H'}", (B, plan.R)),
+        ("zoneout_h", "T, B, H", (T, B, plan.H)),
+        ("zoneout_c", "T, B, H", (T, B, plan.H)),
+    ):
+        mask = getattr(masks, name)
+        if mask is not None:
+            _check.floats(spec.op, name, _check.signature(mask), plan.dtype)
+            if S == 1 and mask.shape[:1] == (1,):  # a scan of one layer was given it without LD
+                _check.shape(spec.op, name, mask.shape[1:], letters, expected)
+            else:
+                _check.shape(spec.op, name, mask.shape, f"LD, {letters}", (S, *expected))
+    return Masks(lengths, resets, *map(contiguous, noise))
 
 
 def forward(
@@ -135,8 +165,7 @@ def forward(
     h0: Array | None,
     c0: Array | None,
     weights: Sequence,
-    lengths=None,
-    resets=None,
+    masks: Masks = NO_MASKS,
     *,
     packed: Packed | None = None,
     save: bool = False,
@@ -151,7 +180,7 @@ def forward(
     plan = plan_for(spec, x, h0, c0, signatures(weights) if packed is None else packed.signatures)
     dtype = plan.dtype
     reserve = np.empty(plan.reserve_size, dtype) if save else None
-    call = _call(spec, plan, h0, c0, lengths, resets, reserve)
+    call = _call(spec, plan, h0, c0, masks, reserve)
     memory = _pack(plan, weights, call.threads) if packed is None else packed.memory
     h_n = np.empty(plan.h_n, dtype)
     c_n = None if plan.c_n is None else np.empty(plan.c_n, dtype)
@@ -175,8 +204,7 @@ def backward(
     h0: Array | None,
     c0: Array | None,
     weights: Sequence,
-    lengths,
-    resets,
+    masks: Masks,
     y: Array,
     reserve: Array,
     dy: Array | None,
@@ -193,7 +221,7 @@ def backward(
         dx or None, dh0 (L D, B, R), dc0 (L D, B, H) or None, one gradient per weight or None.
     """
     plan = plan_for(spec, x, h0, c0, signatures(weights))
-    call = _call(spec, plan, h0, c0, lengths, resets, reserve)
+    call = _call(spec, plan, h0, c0, masks, reserve)
     _check_cotangents(spec, plan, dy, dh_n, dc_n, dc)
     dh_n, dc_n, dc = contiguous(dh_n), contiguous(dc_n), rows(dc)
     dh0 = np.empty(plan.h_n, plan.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from fastseq import _check, _stack
-from fastseq._spec import KINDS, Spec
+from fastseq._spec import KINDS, NO_MASKS, Masks, Spec
 from fastseq._stack import Array
 
 
@@ -48,7 +48,8 @@ def _run(cell: str, x, w, h0, c0=None, *, lengths, resets, reverse, clip, cell_s
     spec = _spec(cell, bool(reverse), bias, None if clip is None else _limit(op, clip))
     h0 = None if h0 is None else _one(op, "h0", h0, "B, H")
     c0 = None if c0 is None else _one(op, "c0", c0, "B, H")
-    return _stack.forward(spec, x, h0, c0, weights, lengths, resets, cell_states=cell_states)
+    masks = NO_MASKS if lengths is None and resets is None else Masks(lengths, resets)
+    return _stack.forward(spec, x, h0, c0, weights, masks, cell_states=cell_states)
 
 
 def rnn(

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastseq import _check, _stack
 from fastseq._cell import Cell, TracedCell, check
-from fastseq._spec import WEIGHTS, Spec, add
+from fastseq._spec import WEIGHTS, Masks, Spec, add
 from fastseq._stack import Array
 from fastseq.kernels.numba.trace import Node, Value, definition, needed, trace
 from fastseq.recurrent import _one
@@ -164,10 +164,15 @@ def scan(
     reverse: bool = False,
     return_cell_states: bool = False,
     clip_recurrent_grad: float | None = None,
+    recurrent_mask: Array | None = None,
+    zoneout_h: Array | None = None,
+    zoneout_c: Array | None = None,
 ) -> tuple:
     """A cell of your own over T steps.
 
-        a = W_ih x + b_ih + W_hh h + b_hh        h', c' = cell(a_1, ..., a_G, h, c, params)
+        a = W_ih x + b_ih + W_hh (d * h) + b_hh        d: recurrent_mask, else 1
+        m, m_c = cell(a_1, ..., a_G, h, c, params)
+        h' = z * h + (1 - z) * m                       z: zoneout_h, else 0; c' likewise
 
     Args:
         cell: what `fastseq.cell` made, or one of `fastseq.cells`, with G gates.
@@ -186,6 +191,11 @@ def scan(
         return_cell_states: give c of every step too.
         clip_recurrent_grad: of `vjp`: what flows back from one step to the one before is limited
             to [-clip_recurrent_grad, clip_recurrent_grad], element by element; None: it is not.
+        recurrent_mask: (B, H), or None. Recurrent dropout: one for the whole sequence, its numbers
+            0 with probability p and 1 / (1 - p) else; ones, or None, in inference.
+        zoneout_h: (T, B, H), or None. Zoneout: 1 with probability p, where h keeps its value, and
+            0 else; all p in inference.
+        zoneout_c: (T, B, H), or None: the same for c; only of a cell with c.
 
     Returns:
         y (T, B, H), or (y, c) with return_cell_states, and h_n (B, H), or (h_n, c_n).
@@ -196,14 +206,17 @@ def scan(
         ImportError: Numba is not installed.
 
     Accuracy: `cell`. The bits do not depend on the thread count or on the rest of the batch.
-    Cost: 2 G H (I + H) FLOP per active step and row; for backward G H values a step and row.
+    Cost: 2 G H (I + H) FLOP per active step and row; for backward G H values a step and row, 2 H
+        more with zoneout.
     Equivalent to: `for t in range(T): h, c = cell(*(w_ih @ x[t] + ...), h, c, *params)`
-    Source: Graves, arXiv:1308.0850 (clip_recurrent_grad).
+    Source: Graves, arXiv:1308.0850 (clip_recurrent_grad); Gal & Ghahramani, arXiv:1512.05287
+        (recurrent dropout); Krueger et al., arXiv:1606.01305 (zoneout).
     """
     spec, weights = spec_of(locals())
     h0, c0 = _one(spec.op, "h0", h0, "B, H"), _one(spec.op, "c0", c0, "B, H")
+    masks = masks_of(spec, locals())
     y, h_n, c_n, c, _ = _stack.forward(
-        spec, x, h0, c0, weights, lengths, resets, cell_states=return_cell_states
+        spec, x, h0, c0, weights, masks, cell_states=return_cell_states
     )
     return ((y, c) if return_cell_states else y), (h_n[0], c_n[0]) if cell.has_c else h_n[0]
 
@@ -212,12 +225,15 @@ def spec_of(given: dict) -> tuple[Spec, tuple]:
     """The spec and the flat list of weights of `scan` with these arguments."""
     cell = given["cell"]
     check("scan", cell)
-    for name in ("c0", "return_cell_states"):
+    for name in ("c0", "return_cell_states", "zoneout_c"):
         if not cell.has_c and given[name] is not None and given[name] is not False:
             raise ValueError(f"{cell.op}: {name} must not be given: the cell has no c")
     limit = _check.limit(cell.op, "clip_recurrent_grad", given["clip_recurrent_grad"])
     bias, reverse = given["b_ih"] is not None, bool(given["reverse"])
-    spec = Spec(cell.key, reverse=reverse, bias=bias, limit=limit)
+    if not cell.recurrent and given["recurrent_mask"] is not None:
+        raise ValueError(f"{cell.op}: recurrent_mask must not be given: the cell has no w_hh")
+    zoneout = given["zoneout_h"] is not None or given["zoneout_c"] is not None
+    spec = Spec(cell.key, reverse=reverse, bias=bias, limit=limit, zoneout=zoneout)
     for name in WEIGHTS:
         found = given.get(name) is not None
         if found != (name in spec.names):
@@ -225,3 +241,13 @@ def spec_of(given: dict) -> tuple[Spec, tuple]:
             with_bias = "with b_ih" if bias else "without b_ih"
             raise ValueError(f"{cell.op}: {name} must be {wanted} for {cell} {with_bias}")
     return spec, tuple(given[name] for name in spec.names)
+
+
+def masks_of(spec: Spec, given: dict) -> Masks:
+    """The masks among the arguments of a scan of one layer, with the axis of the scans."""
+    found: dict[str, Any] = {name: given.get(name) for name in Masks._fields}
+    for name, letters in (("recurrent_mask", "B, H"), *((f"zoneout_{s}", "T, B, H") for s in "hc")):
+        if hasattr(found[name], "shape"):  # what is no array is refused later
+            _check.rank(spec.op, name, found[name].shape, letters)
+            found[name] = found[name][None]
+    return Masks(**found)

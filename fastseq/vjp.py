@@ -38,10 +38,10 @@ def _kept(spec: Spec, weights: tuple, given: dict, parameters) -> tuple[tuple, C
     h, c = ("h", "c") if step else ("h0", "c0")
     x = recurrent._one(op, "x", given["x"], "B, I") if step else given["x"]
     h0, c0 = (recurrent._one(op, n, given.get(n), "B, H") for n in (h, c))
-    options = (given.get("lengths"), given.get("resets"))
+    masks = user_cells.masks_of(spec, given)
     cell_states = bool(given.get("return_cell_states"))
     y, h_n, c_n, states, reserve = _stack.forward(
-        spec, x, h0, c0, weights, *options, save=True, cell_states=cell_states
+        spec, x, h0, c0, weights, masks, save=True, cell_states=cell_states
     )
 
     def pullback(gradients):
@@ -51,7 +51,7 @@ def _kept(spec: Spec, weights: tuple, given: dict, parameters) -> tuple[tuple, C
         dh_n = recurrent._one(op, "dh_n", dh_n, "B, H")
         dc_n = recurrent._one(op, "dc_n", dc_n, "B, H")
         dx, dh0, dc0, dw = _stack.backward(
-            spec, x, h0, c0, weights, *options, y, reserve, dy, dh_n, dc_n, dstates
+            spec, x, h0, c0, weights, masks, y, reserve, dy, dh_n, dc_n, dstates
         )
         found = dict(zip(spec.names, dw, strict=True))
         found |= {"x": dx[0] if step else dx, h: dh0[0], c: None if dc0 is None else dc0[0]}

@@ -88,6 +88,7 @@ def _layer_norm_gru(gx, gh, h, c, params):
     return (1 - z) * n + z * h, c
 
 
+NOISE = ("recurrent_mask", "zoneout_h", "zoneout_c")
 READY = {
     "peephole_lstm": (cells.peephole_lstm, _peephole),
     "cifg_lstm": (cells.cifg_lstm, _cifg),
@@ -114,9 +115,11 @@ class CellProblem(Drawn):
     resets: bool = False
     reverse: bool = False
     clip: float | None = None
+    dropout: bool = False  # recurrent
+    zoneout: str = ""  # "drawn", or "mean" as in inference
 
     def __str__(self):
-        flags = ("bias", "initial", "ragged", "resets", "reverse", "clip")
+        flags = ("bias", "initial", "ragged", "resets", "reverse", "clip", "dropout", "zoneout")
         on = [flag for flag in flags if getattr(self, flag)]
         size = f"{self.name}-T{self.T}-B{self.B}-I{self.I}-H{self.H}-{self.dtype}"
         return "-".join([size, *on])
@@ -155,7 +158,16 @@ class CellProblem(Drawn):
             options["lengths"] = np.array(drawn[: self.B], dtype=int)
         if self.resets:
             options["resets"] = rng.random((self.T, self.B)) < 0.25
+        size = (self.T, self.B, self.H)
+        if self.dropout:
+            options["recurrent_mask"] = self._real(2 * (rng.random(size[1:]) < 0.5))
+        for name in ("zoneout_h", "zoneout_c")[: (1 + self.cell.has_c) * bool(self.zoneout)]:
+            p = rng.random(size)
+            options[name] = self._real(p < 0.3 if self.zoneout == "drawn" else p)
         return options
+
+    def _real(self, a):
+        return a.astype(self.dtype)
 
     @cached_property
     def cotangents(self):
@@ -230,6 +242,9 @@ def _torch_scan(problem, leaves):
     T, B, H = problem.T, problem.B, problem.H
     lengths = problem.options.get("lengths", np.full(B, T))
     resets = problem.options.get("resets", np.zeros((T, B), bool))
+    given = {k: torch.tensor(problem.options[k]).to(x) for k in NOISE if k in problem.options}
+    mask = given.get("recurrent_mask", x.new_ones(B, H))
+    z_h, z_c = (given.get(k, x.new_zeros(T, B, H)) for k in ("zoneout_h", "zoneout_c"))
     rows = []
     for b in range(B):
         h, c = (leaves[n][b] if n in leaves else x.new_zeros(H) for n in ("h0", "c0"))
@@ -240,8 +255,9 @@ def _torch_scan(problem, leaves):
                 h, c = torch.zeros_like(h), torch.zeros_like(c)
             gx, gh = leaves["w_ih"] @ x[t, b] + leaves.get("b_ih", 0), 0
             if cell.recurrent:
-                gh = leaves["w_hh"] @ h + leaves.get("b_hh", 0)
-            h, c = step(gx, gh, h, c, leaves.get("params"))
+                gh = leaves["w_hh"] @ (mask[b] * h) + leaves.get("b_hh", 0)
+            h_new, c_new = step(gx, gh, h, c, leaves.get("params"))
+            h, c = h_new + z_h[t, b] * (h - h_new), c_new + z_c[t, b] * (c - c_new)
             y[t], cs[t] = h, c
         rows.append({"y": torch.stack(y), "h_n": h, "c_n": c, "c": torch.stack(cs)})
     names = ("y", "h_n", "c_n", "c") if cell.has_c else ("y", "h_n")

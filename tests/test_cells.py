@@ -27,6 +27,16 @@ ARGUMENTS = [
     CellProblem(name, H=5, bias=bias, initial=not bias) for name, bias in product(READY, BOOL)
 ]
 ARGUMENTS += [CellProblem(name, B=5, H=5, clip=0.3) for name in READY]
+NOISY = [
+    CellProblem(name, B=11, dtype=dtype, dropout=True, zoneout=zoneout, **options)
+    for name, dtype, zoneout in product(READY, DTYPES, ("drawn", "mean", ""))
+    for options in (
+        {"H": 19},
+        {"H": 4, "ragged": True, "resets": True, "reverse": True, "clip": 0.3},
+        {"H": 70},
+    )
+    if READY[name][0].recurrent
+]
 SIZES = [
     CellProblem(name, *size, dtype=dtype)
     for name, dtype in product(READY, DTYPES)
@@ -35,7 +45,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("problem", SCANS + ARGUMENTS + SIZES, ids=str)
+@pytest.mark.parametrize("problem", SCANS + ARGUMENTS + SIZES + NOISY, ids=str)
 def test_outputs_and_gradients(problem):
     ref = solve_reference(problem)
     peer = None
@@ -101,7 +111,9 @@ def test_gradients_are_those_of_the_kernel(name):
 
 @pytest.mark.parametrize("name", READY)
 def test_bits_do_not_depend_on_threads_or_neighbours(name):
-    problem = CellProblem(name, T=30, B=26, I=17, H=67, dtype="float32", ragged=True, resets=True)
+    noise = {"dropout": READY[name][0].recurrent, "zoneout": "drawn"}
+    masks = {"ragged": True, "resets": True}
+    problem = CellProblem(name, T=30, B=26, I=17, H=67, dtype="float32", **masks, **noise)
     before = fastseq.get_num_threads()
     try:
         found = []
@@ -118,8 +130,9 @@ def test_bits_do_not_depend_on_threads_or_neighbours(name):
         inputs={k: a[:, row] for k, a in problem.inputs.items() if k == "x"}
         | {k: a[row] for k, a in problem.inputs.items() if k in ("h0", "c0")},
         options={
-            "lengths": problem.options["lengths"][row],
-            "resets": problem.options["resets"][:, row],
+            k: a[row] if k in ("lengths", "recurrent_mask") else a[:, row]
+            for k, a in problem.options.items()
+            if isinstance(a, np.ndarray)
         },
     )
     outputs, _ = vjp(alone)

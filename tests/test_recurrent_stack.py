@@ -12,6 +12,7 @@ from running import assert_same_bits, peer_of
 from tolerance import assert_all_close
 
 from fastseq import _dispatch, _stack
+from fastseq._spec import Masks
 from fastseq.reference import recurrent as reference
 
 MASKS = {"ragged": True, "resets": True}
@@ -77,9 +78,9 @@ class Stack:
 def solve(stack, **options):
     """fastseq's Result; the gradients of weights as w0, w1, ..."""
     x, (h0, c0), d = stack.first.inputs["x"], stack.states, stack.cotangents
-    masks = [stack.first.options.get(k) for k in ("lengths", "resets")]
+    masks = Masks(*(stack.first.options.get(k) for k in ("lengths", "resets")))
     lstm = stack.first.cell == "lstm"
-    arguments = (stack.spec, x, h0, c0, stack.weights, *masks)
+    arguments = (stack.spec, x, h0, c0, stack.weights, masks)
     y, h_n, c_n, c, reserve = _stack.forward(*arguments, save=True, cell_states=lstm, **options)
     cotangents = [d.get(k) for k in ("dy", "dh_n", "dc_n", "dc")]
     dx, dh0, dc0, dweights = _stack.backward(*arguments, y, reserve, *cotangents)

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from cell_problems import READY, CellProblem, solve
+from cell_problems import NOISE, READY, CellProblem, solve
 from problems import Result
 from running import assert_same_bits, refused
 
@@ -29,7 +29,8 @@ def named(problem, results):
 
 def run(problem, leaves, scan=fastseq.torch.scan):
     options = problem.options | {"return_cell_states": problem.cell.has_c}
-    masks = {k: torch.as_tensor(options[k]) for k in ("lengths", "resets") if k in options}
+    names = ("lengths", "resets", *NOISE)
+    masks = {k: torch.as_tensor(options[k]) for k in names if k in options}
     return named(problem, scan(problem.cell, **leaves, **options | masks))
 
 
@@ -49,6 +50,8 @@ def solve_with(problem, scan=fastseq.torch.scan):
 @pytest.mark.parametrize("masks", [False, True])
 def test_bits_are_those_of_the_numpy_function(name, masks):
     options = {"ragged": masks, "resets": masks, "reverse": masks, "clip": 0.4 if masks else None}
+    if masks:
+        options |= {"dropout": READY[name][0].recurrent, "zoneout": "drawn"}
     problem = CellProblem(name, B=6, H=19, dtype="float32", **options)
     ours, expected = solve_with(problem), solve(problem)
     assert_same_bits(ours.outputs, expected.outputs)
@@ -84,7 +87,10 @@ def test_opcheck(name):
     flags = (1, False, False, cell.has_c, True, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.library.opcheck(operator, (x, *states, weights, None, None, *flags))
+        noise = (
+            [torch.rand(1, 2, 4), torch.rand(1, 3, 2, 4), None] if cell.recurrent else [None] * 3
+        )
+        torch.library.opcheck(operator, (x, *states, weights, None, None, *noise, *flags))
 
 
 @pytest.mark.parametrize("name", READY)
@@ -166,6 +172,63 @@ def test_module_without_recurrent_weights():
     assert torch.equal(y[-1], h_n[0])
 
 
+NOISY = [
+    ("LSTM", {"recurrent_dropout": 0.3, "zoneout": (0.2, 0.4)}),
+    ("GRU", {"zoneout": 0.3, "num_layers": 2, "bidirectional": True}),
+    ("RNN", {"recurrent_dropout": 0.5, "num_layers": 2, "dropout": 0.5}),
+    ("LayerNormLSTM", {"recurrent_dropout": 0.3, "zoneout": 0.2}),
+]
+
+
+@pytest.mark.parametrize(("name", "noise"), NOISY)
+def test_noise_of_modules(name, noise):
+    module = getattr(fastseq.torch.nn, name)(3, 8, **noise)
+    x = torch.randn(6, 4, 3, requires_grad=True)
+    torch.manual_seed(1)
+    first, other = module(x)[0], module(x)[0]
+    torch.manual_seed(1)
+    again = module(x)[0]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    first.square().sum().backward()
+    assert x.grad.isfinite().all()
+    module.eval()
+    assert torch.equal(module(x)[0], module(x)[0])
+    assert all(f"{option}" in repr(module) for option in ("dropout", "zoneout") if option in noise)
+
+
+def test_zoneout_of_a_module_is_the_mean_in_inference():
+    from fastseq.reference import recurrent as reference
+
+    module = fastseq.torch.nn.LSTM(3, 8, zoneout=(0.25, 0.5), dtype=torch.float64).eval()
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
+    zoneout = {f"zoneout_{s}": np.full((6, 4, 8), p) for s, p in (("h", 0.25), ("c", 0.5))}
+    weights = reference.Weights(*(w.detach().numpy() for w in module.parameters()))
+    y, *_ = reference._scan_fwd(reference._LSTM, weights, x.numpy(), **zoneout)
+    torch.testing.assert_close(module(x)[0], torch.tensor(y), rtol=1e-12, atol=1e-12)
+
+
+def test_noise_in_training_follows_the_equations():
+    module = fastseq.torch.nn.GRU(3, 8, zoneout=0.5, dtype=torch.float64)
+    h0 = torch.randn(1, 4, 8, dtype=torch.float64)
+    y, _ = module(torch.randn(6, 4, 3, dtype=torch.float64), h0)
+    before = torch.cat([h0, y[:-1]])
+    kept = (y == before).double().mean()
+    assert 0.3 < kept < 0.7
+
+
+def test_recurrent_dropout_of_ones_is_none_and_of_zeros_cuts_the_product():
+    problem = CellProblem("cifg_lstm", T=4, H=6)
+    leaves = tensors(problem.inputs)
+    ones = {"recurrent_mask": torch.ones(3, 6, dtype=torch.float64)}
+    plain = fastseq.torch.scan(problem.cell, **leaves)[0]
+    assert torch.equal(fastseq.torch.scan(problem.cell, **leaves, **ones)[0], plain)
+    zeros = {"recurrent_mask": torch.zeros(3, 6, dtype=torch.float64)}
+    without = leaves | {"w_hh": torch.zeros_like(leaves["w_hh"])}
+    cut = fastseq.torch.scan(problem.cell, **leaves, **zeros)[0]
+    assert torch.equal(cut, fastseq.torch.scan(problem.cell, **without)[0])
+
+
 LAYER_NORM = {"layer_norm_lstm": ("LayerNormLSTM", 9), "layer_norm_gru": ("LayerNormGRU", 6)}
 
 
@@ -220,6 +283,26 @@ def test_errors():
         ValueError,
         "ind_rnn: params must be an array for <fastseq.cell ind_rnn(a, h, u): 1 gate> without b_ih",
     )
+    given = {"params": u, "recurrent_mask": torch.ones(1, 4)}
+    refused(
+        lambda: fastseq.torch.scan(cell, x, w, **given),
+        ValueError,
+        "ind_rnn: recurrent_mask must not be given: the cell has no w_hh",
+    )
+    refused(
+        lambda: fastseq.torch.scan(cell, x, w, params=u, zoneout_h=torch.ones(2, 1, 5)),
+        ValueError,
+        "ind_rnn: zoneout_h must be (T, B, H) = (2, 1, 4), got (2, 1, 5)",
+    )
+    for name, options, text in (
+        ("GRU", {"zoneout": (0.1, 0.1)}, "GRU: zoneout of c must be 0: the cell has no c, got 0.1"),
+        ("LSTM", {"zoneout": 1.0}, "LSTM: zoneout must be a probability below 1, got 1.0"),
+        ("LSTM", {"zoneout": 0.1, "proj_size": 2},
+         "LSTM: zoneout must be 0 with proj_size, got 0.1"),
+        ("RNN", {"recurrent_dropout": -1},
+         "RNN: recurrent_dropout must be a probability below 1, got -1"),
+    ):  # fmt: skip
+        refused(lambda n=name, o=options: getattr(fastseq.torch.nn, n)(3, 4, **o), ValueError, text)
     with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got ndarray"):
         fastseq.torch.scan(cell, x, w, params=np.zeros((1, 4)))
     with pytest.raises(TypeError, match="float32 or float64 on the CPU, got float16"):

@@ -67,6 +67,9 @@ def operator_arguments(
         [draw(*w.shape) for w in module.parameters()],
         torch.tensor([3, T]),
         torch.rand((T, B), generator=generator) < 0.25,
+        torch.rand((S, B, R), generator=generator, dtype=torch.float64),
+        None if P else torch.rand((S, T, B, 4), generator=generator, dtype=torch.float64),
+        None,
         num_layers,
         bidirectional,
         False,
@@ -177,7 +180,7 @@ def test_opcheck_of_backward(cell, needs, clip):
         args = operator_arguments(cell, requires_grad=requires_grad, clip=clip)
         y, h_n, c_n, c, reserve = getattr(torch.ops.fastseq, cell)(*args)
         grads = [torch.ones_like(t) if t.numel() else None for t in (y, h_n, c_n, c)]
-        args = (*args[:6], y.detach(), reserve, *grads, *args[6:9], needs, clip)
+        args = (*args[:9], y.detach(), reserve, *grads, *args[9:12], needs, clip)
         tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
         if not requires_grad:  # it would differentiate the backward, which refuses
             tests.append("test_aot_dispatch_dynamic")
@@ -188,14 +191,14 @@ def test_opcheck_of_backward(cell, needs, clip):
 @pytest.mark.parametrize("cell", CELLS)
 def test_operator_equals_the_direct_path(cell, clip):
     args = operator_arguments(cell, clip=clip)
-    spec = ops.Spec(cell, num_layers=2, bidirectional=True, limit=clip)
+    spec = ops.Spec(cell, num_layers=2, bidirectional=True, limit=clip, zoneout=True)
     tensors = [t for t in (*args[:3], *args[3]) if t is not None]
 
     def gradients(y, h_n, c_n, c):
         loss = sum(t.sin().sum() for t in (y, h_n, c_n, c) if t is not None)
         return torch.autograd.grad(loss, tensors)
 
-    direct = ops.run(spec, *args[:6], cell_states=cell == "lstm")
+    direct = ops.run(spec, *args[:4], ops.Masks(*args[4:9]), cell_states=cell == "lstm")
     operator = getattr(torch.ops.fastseq, cell)(*args)
     assert torch.equal(direct[0], operator[0])
     pairs = zip(gradients(*direct), gradients(*operator[:4]), strict=True)

@@ -30,7 +30,7 @@ from triton_running import (  # noqa: E402
 )
 
 import fastseq.torch as fst  # noqa: E402
-from fastseq._spec import Spec  # noqa: E402
+from fastseq._spec import Masks, Spec  # noqa: E402
 from fastseq.torch import ops  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -117,7 +117,8 @@ def test_projection(options):
     weights = [leaves[k] for k in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr") if k in leaves]
     spec = Spec("lstm", reverse=given.pop("reverse"), bias=problem.bias, proj=True)
     states = (None if k not in leaves else leaves[k][None] for k in ("h0", "c0"))
-    y, h_n, c_n, c = ops.run(spec, leaves["x"], *states, weights, cell_states=True, **given)
+    masks = Masks(**given)
+    y, h_n, c_n, c = ops.run(spec, leaves["x"], *states, weights, masks, cell_states=True)
     outputs = {"y": y, "h_n": h_n[0], "c_n": c_n[0], "c": c}
     hold(problem, "float32", result(problem, leaves, outputs))
 
@@ -290,7 +291,8 @@ def test_fake_outputs_have_the_shapes_of_real_ones(proj):
     spec = Spec("lstm", 2, True, proj=proj)
     weights = [w.detach() for w in torch.nn.LSTM(3, 5, 2, bidirectional=True, proj_size=2 * proj)
                .to(DEVICE).parameters()]  # fmt: skip
-    args = (tensor(np.zeros((4, 2, 3)), "float32"), None, None, weights, None, None)
+    masks = [None] * len(Masks._fields)
+    args = (tensor(np.zeros((4, 2, 3)), "float32"), None, None, weights, *masks)
     flags = (spec.num_layers, spec.bidirectional, False, True, True, None)
     real = torch.ops.fastseq.lstm(*args, *flags)
     mode = FakeTensorMode()
@@ -298,8 +300,15 @@ def test_fake_outputs_have_the_shapes_of_real_ones(proj):
         device = {"device": "cuda"}
         fakes = [torch.empty(w.shape, **device) for w in weights]
         x = torch.empty(4, 2, 3, **device)
-        fake = torch.ops.fastseq.lstm(x, None, None, fakes, None, None, *flags)
+        fake = torch.ops.fastseq.lstm(x, None, None, fakes, *masks, *flags)
     assert [tuple(t.shape) for t in fake] == [tuple(t.shape) for t in real]
+
+
+@pytest.mark.parametrize("options", [{"zoneout": 0.1}, {"recurrent_dropout": 0.1}])
+def test_recurrent_dropout_and_zoneout_are_refused(options):
+    module = fst.nn.GRU(3, 5, **options).to(DEVICE)
+    with pytest.raises(NotImplementedError, match="recurrent dropout and zoneout run on the CPU"):
+        module(tensor(np.zeros((4, 2, 3)), "float32"))
 
 
 def test_the_regime_follows_from_the_size(monkeypatch):

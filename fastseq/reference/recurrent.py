@@ -14,6 +14,8 @@ over time are the same for all. Letters: T steps, B batch, I input size, H hidde
                    not read, dx is zero. h_n, c_n are the row's own last state; h0, c0 if length 0.
     resets (T, B)  True: the state of row b is zero before step t is computed, in scan order.
     reverse        t runs downward, for each row from its own end; y stays in the order of x.
+    recurrent_mask (B, R)   d: gh_t = W_hh (d * h_{t-1}) + b_hh.
+    zoneout_h, zoneout_c (T, B, H)   z: h_t = z * h_{t-1} + (1 - z) * cell's, and c_t likewise.
     clip_recurrent_grad   m: what flows from a step into the state before it, h0 and c0 too, is
                    limited: dh_{t-1}, dc_{t-1} = min(max(., -m), m) (+ what comes from outside).
 
@@ -142,33 +144,33 @@ def _affine(x, w, b):
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def _step_fwd(cell, w, x, h, c):
+def _step_fwd(cell, w, x, h, c, d=1):
     """One step of any cell: gx, gh, the cell, and h' = W_hr m with a projection (m the cell's h').
 
     Returns h', c', saved.
     """
     gx = _affine(x, w.w_ih, w.b_ih)
-    gh = _affine(h, w.w_hh, w.b_hh)
+    gh = _affine(d * h, w.w_hh, w.b_hh)
     m, c_next, gates = cell.fwd(gx, gh, h, c)
     h_next = m if w.w_hr is None else m @ w.w_hr.T
-    return h_next, c_next, (x, h, m, gates)
+    return h_next, c_next, (x, h, m, gates, d)
 
 
 @np.errstate(over="ignore", invalid="ignore")
 def _step_bwd(cell, w, dw, dh, dc, saved):
     """The gradients of one step: adds those of the weights to dw, returns dx, dh, dc."""
-    x, h, m, gates = saved
+    x, h, m, gates, d = saved
     if w.w_hr is not None:
         dw["w_hr"] += dh.T @ m
         dh = dh @ w.w_hr
     dgx, dgh, dh, dc = cell.bwd(dh, dc, gates)
     dw["w_ih"] += dgx.T @ x
-    dw["w_hh"] += dgh.T @ h
+    dw["w_hh"] += dgh.T @ (d * h)
     if w.b_ih is not None:
         dw["b_ih"] += dgx.sum(axis=0)
     if w.b_hh is not None:
         dw["b_hh"] += dgh.sum(axis=0)
-    return dgx @ w.w_ih, dh + dgh @ w.w_hh, dc
+    return dgx @ w.w_ih, dh + d * (dgh @ w.w_hh), dc
 
 
 def _schedule(T, B, lengths, resets, reverse):
@@ -189,7 +191,10 @@ def _or_zeros(given, shape, dtype):
     return np.zeros(shape, dtype) if given is None else np.array(given, dtype)
 
 
-def _scan_fwd(cell, w, x, h0=None, c0=None, lengths=None, resets=None, reverse=False):
+def _scan_fwd(
+    cell, w, x, h0=None, c0=None, lengths=None, resets=None, reverse=False,
+    recurrent_mask=None, zoneout_h=None, zoneout_c=None,
+):  # fmt: skip
     """Returns y, c, h_n, c_n and the tape [(t, rows, reset, saved)] that _scan_bwd rewinds."""
     T, B, _ = x.shape
     R = w.w_hh.shape[1]  # = P with a projection
@@ -199,7 +204,11 @@ def _scan_fwd(cell, w, x, h0=None, c0=None, lengths=None, resets=None, reverse=F
     tape = []
     for t, rows, reset in _schedule(T, B, lengths, resets, reverse):
         h[reset] = c[reset] = 0
-        h[rows], c[rows], saved = _step_fwd(cell, w, x[t, rows], h[rows], c[rows])
+        d = 1 if recurrent_mask is None else recurrent_mask[rows]
+        *made, saved = _step_fwd(cell, w, x[t, rows], h[rows], c[rows], d)
+        z_h, z_c = (None if z is None else z[t, rows] for z in (zoneout_h, zoneout_c))
+        h[rows] = made[0] if z_h is None else z_h * h[rows] + (1 - z_h) * made[0]
+        c[rows] = made[1] if z_c is None else z_c * c[rows] + (1 - z_c) * made[1]
         y[t, rows], cs[t, rows] = h[rows], c[rows]
         tape.append((t, rows, reset, saved))
     return y, cs, h, c, tape
@@ -212,6 +221,7 @@ def _scan_bwd(
 ):  # fmt: skip
     """Backpropagation through time: {argument: gradient} of the arrays that are not None."""
     y, cs, h_n, c_n, tape = _scan_fwd(cell, w, x, h0, c0, **scan)
+    zoneout = scan.get("zoneout_h"), scan.get("zoneout_c")
     dy, dcs = _or_zeros(dy, y.shape, x.dtype), _or_zeros(dc, cs.shape, x.dtype)
     dh, dc = _or_zeros(dh_n, h_n.shape, x.dtype), _or_zeros(dc_n, c_n.shape, x.dtype)
     dx = np.zeros_like(x)
@@ -219,7 +229,11 @@ def _scan_bwd(
     for t, rows, reset, saved in reversed(tape):
         dh[rows] += dy[t, rows]
         dc[rows] += dcs[t, rows]
-        dx[t, rows], *flow = _step_bwd(cell, w, dw, dh[rows], dc[rows], saved)
+        past = [
+            0 if z is None else z[t, rows] * d[rows] for z, d in zip(zoneout, (dh, dc), strict=True)
+        ]
+        dx[t, rows], *flow = _step_bwd(cell, w, dw, dh[rows] - past[0], dc[rows] - past[1], saved)
+        flow = [d + p for d, p in zip(flow, past, strict=True)]
         dh[rows], dc[rows] = (_limited(d, clip_recurrent_grad) for d in flow)
         dh[reset] = dc[reset] = 0
     initial = {"h0": (h0, dh), "c0": (c0, dc)}

@@ -126,11 +126,15 @@ def scan(
     reverse=False,
     return_cell_states=False,
     clip_recurrent_grad=None,
+    **noise,
 ):
-    """h', c' = cell(W_ih x + b_ih + W_hh h + b_hh, h, c, params); returns as `fastseq.scan`."""
+    """h', c' = cell(W_ih x + b_ih + W_hh h + b_hh, h, c, params); returns as `fastseq.scan`.
+
+    noise: recurrent_mask, zoneout_h, zoneout_c.
+    """
     bound, _ = _bound(cell, params)
     w = _weights(cell, w_ih, w_hh, b_ih, b_hh)
-    y, c, h_n, c_n, _ = _scan_fwd(bound, w, x, h0, c0, lengths, resets, reverse)
+    y, c, h_n, c_n, _ = _scan_fwd(bound, w, x, h0, c0, lengths, resets, reverse, **noise)
     last = (h_n, c_n) if cell.has_c else h_n
     return ((y, c) if return_cell_states else y), last
 
@@ -140,7 +144,7 @@ def scan_vjp(
 ):
     """Gradients of sum(dy * y) + sum(dc * c) + sum(dh_n * h_n) + sum(dc_n * c_n).
 
-    options: lengths, resets, reverse, clip_recurrent_grad, dy, dc, dh_n, dc_n.
+    options: lengths, resets, reverse, clip_recurrent_grad, noise as in `scan`, dy, dc, dh_n, dc_n.
     """
     bound, dparams = _bound(cell, params)
     w = _weights(cell, w_ih, w_hh, b_ih, b_hh)

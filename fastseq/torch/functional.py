@@ -6,7 +6,7 @@ Same names, arguments and results as the NumPy functions of `fastseq`.
 from torch import Tensor
 
 from fastseq import _check
-from fastseq._spec import Spec
+from fastseq._spec import Masks, Spec
 from fastseq.torch.ops import infer_layer, run, run_step
 
 
@@ -60,7 +60,7 @@ def rnn(
     """
     cell = _rnn_cell_name(nonlinearity)
     spec = _spec("rnn", cell, b_ih, b_hh, reverse, clip_recurrent_grad)
-    y, h_n, _, _ = _scan(spec, x, (w_ih, w_hh, b_ih, b_hh), h0, None, lengths, resets)
+    y, h_n, _, _ = _scan(spec, x, (w_ih, w_hh, b_ih, b_hh), h0, None, Masks(lengths, resets))
     return y, h_n
 
 
@@ -112,7 +112,7 @@ def gru(
         clip_recurrent_grad: as `rnn`.
     """
     spec = _spec("gru", "gru", b_ih, b_hh, reverse, clip_recurrent_grad)
-    y, h_n, _, _ = _scan(spec, x, (w_ih, w_hh, b_ih, b_hh), h0, None, lengths, resets)
+    y, h_n, _, _ = _scan(spec, x, (w_ih, w_hh, b_ih, b_hh), h0, None, Masks(lengths, resets))
     return y, h_n
 
 
@@ -171,7 +171,8 @@ def lstm(
     """
     spec = _spec("lstm", "lstm", b_ih, b_hh, reverse, clip_recurrent_grad)
     weights = (w_ih, w_hh, b_ih, b_hh)
-    y, h_n, c_n, c = _scan(spec, x, weights, h0, c0, lengths, resets, return_cell_states)
+    masks = Masks(lengths, resets)
+    y, h_n, c_n, c = _scan(spec, x, weights, h0, c0, masks, return_cell_states)
     return (y, c) if return_cell_states else y, (h_n, c_n)
 
 
@@ -291,16 +292,16 @@ def _require_tensors(spec, *arguments):
             raise TypeError(f"{spec.cell}: expected a torch.Tensor, got {type(a).__name__}")
 
 
-def _scan(spec, x, weights, h0, c0, lengths, resets, cell_states=False):
-    _require_tensors(spec, x, *weights, h0, c0, lengths, resets)
+def _scan(spec, x, weights, h0, c0, masks, cell_states=False):
     """y, h_n, c_n, c, the last two None or empty where the cell or the call has none."""
+    _require_tensors(spec, x, *weights, h0, c0, *masks)
     weights = [w for w in weights if w is not None]
-    if lengths is None and resets is None and not cell_states:
+    if all(m is None for m in masks) and not cell_states:
         found = infer_layer(spec, x, h0, c0, weights)
         if found is not None:
             return *found, None
     h0, c0 = (None if s is None else s.unsqueeze(0) for s in (h0, c0))
-    y, h_n, c_n, c = run(spec, x, h0, c0, weights, lengths, resets, cell_states)
+    y, h_n, c_n, c = run(spec, x, h0, c0, weights, masks, cell_states)
     return y, h_n.squeeze(0), c_n.squeeze(0) if spec.kind.has_c else c_n, c
 
 

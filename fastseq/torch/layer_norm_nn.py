@@ -20,12 +20,26 @@ class _LayerNorm(Recurrent):
         bidirectional: bool = False,
         *,
         clip_recurrent_grad: float | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
         device=None,
         dtype=None,
     ):
-        sizes = input_size, hidden_size, num_layers
-        kinds = {"clip_recurrent_grad": clip_recurrent_grad, "device": device, "dtype": dtype}
-        super().__init__(self._cell, *sizes, False, batch_first, dropout, bidirectional, **kinds)
+        super().__init__(
+            self._cell,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias=False,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            clip_recurrent_grad=clip_recurrent_grad,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            device=device,
+            dtype=dtype,
+        )
 
 
 class LayerNormLSTM(_LayerNorm):
@@ -48,6 +62,8 @@ class LayerNormLSTM(_LayerNorm):
         dropout: probability in training, between layers.
         bidirectional: a second direction, whose output is appended.
         clip_recurrent_grad: `fastseq.torch.scan`.
+        recurrent_dropout: `Recurrent`.
+        zoneout: `Recurrent`.
         device: of the parameters: the cell runs on the CPU only.
         dtype: float32 or float64.
 

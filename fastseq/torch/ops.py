@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from fastseq import _check, _stack
 from fastseq._cell import TracedCell
-from fastseq._spec import KINDS, LISTENERS, Spec
+from fastseq._spec import KINDS, LISTENERS, NO_MASKS, Masks, Spec
 from fastseq.torch import recurrent_cuda
 from fastseq.torch._tensors import (
     FLOATS,
@@ -35,15 +35,17 @@ from fastseq.torch._tensors import (
 )
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # those with a path for CUDA tensors
+_M = len(Masks._fields)
 
+_MASKS = ", ".join(f"Tensor? {name}" for name in Masks._fields)
 _SCHEMA = (
-    "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, "
+    f"(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, {_MASKS}, "
     "int num_layers, bool bidirectional, bool reverse, bool cell_states, bool save, "
     "float? clip_recurrent_grad)"
     " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor reserve)"
 )
 _BWD_SCHEMA = (
-    "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, "
+    f"(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, {_MASKS}, "
     "Tensor y, Tensor reserve, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, "
     "int num_layers, bool bidirectional, bool reverse, bool[4] needs, "
     "float? clip_recurrent_grad)"
@@ -51,7 +53,7 @@ _BWD_SCHEMA = (
 )
 
 
-def run(spec, x, h0, c0, weights, lengths=None, resets=None, cell_states=False, cache=None):
+def run(spec, x, h0, c0, weights, masks=NO_MASKS, cell_states=False, cache=None):
     """`_stack.forward` over tensors, with gradients; what they need is kept only if one is wanted.
 
     Args:
@@ -63,18 +65,21 @@ def run(spec, x, h0, c0, weights, lengths=None, resets=None, cell_states=False, 
     if on_gpu(x):
         if spec.cell not in CELLS:
             raise NotImplementedError(f"{spec.op}: it runs on the CPU, got x on {x.device}")
+        if masks.zoneout or masks.recurrent_mask is not None:
+            what = "recurrent dropout and zoneout run on the CPU"
+            raise NotImplementedError(f"{spec.op}: {what}, got x on {x.device}")
         x, h0, c0, *weights = recurrent_cuda.autocast(x, h0, c0, *weights)
     elif x.dtype not in FLOATS or not (x.is_cpu or x.is_meta):
         raise unsupported(spec.cell, "x", x)
     inputs = (x, h0, c0, *weights)
     save = differentiated(inputs)
     if heard(inputs):
-        args = (x, h0, c0, list(weights), lengths, resets, *_options(spec, cell_states, save))
+        args = (x, h0, c0, list(weights), *masks, *_options(spec, cell_states, save))
         return _OPERATORS[spec.cell](*args)[:4]
     if save:
-        options = (lengths, resets, cell_states, save)
+        options = (*masks, cell_states, save)
         return _Recurrence.apply(cache, False, spec, x, h0, c0, *options, *weights)[:4]
-    given = (spec, x, h0, c0, weights, lengths, resets, cell_states, save, cache)
+    given = (spec, x, h0, c0, weights, masks, cell_states, save, cache)
     if _C._autograd._profiler_enabled():
         with torch.profiler.record_function(f"fastseq::{spec.cell}"):
             return _forward(*given)[:4]
@@ -143,28 +148,27 @@ def _views(spec, weights, cache, pack=False):
     return cache.packed(spec, weights) if pack else (cache.views(spec, weights), None)
 
 
-def _forward(spec, x, h0, c0, weights, lengths, resets, cell_states, save, cache=None):
+def _forward(spec, x, h0, c0, weights, masks, cell_states, save, cache=None):
     """The kernels on tensors: y, h_n, c_n, c, reserve, None where absent."""
     options = {"cell_states": cell_states, "save": save}
     if on_gpu(x):
-        return recurrent_cuda.forward(spec, x, h0, c0, weights, lengths, resets, **options)
+        return recurrent_cuda.forward(spec, x, h0, c0, weights, *masks[:2], **options)
     views, packed = _views(spec, weights, cache, pack=not save)
-    x, h0, c0, lengths, resets = [
-        None if t is None else array(t) for t in (x, h0, c0, lengths, resets)
-    ]
-    outputs = _stack.forward(spec, x, h0, c0, views, lengths, resets, packed=packed, **options)
+    x, h0, c0, *masks = [None if t is None else array(t) for t in (x, h0, c0, *masks)]
+    outputs = _stack.forward(spec, x, h0, c0, views, Masks(*masks), packed=packed, **options)
     return tuple([None if a is None else from_numpy(a) for a in outputs])
 
 
-def _backward(spec, x, h0, c0, weights, *tensors, needs, cache=None):
+def _backward(spec, x, h0, c0, weights, masks, *tensors, needs, cache=None):
     """The kernels on tensors: dx, dh0, dc0, [dweights], None or [] where not needed."""
     wanted = {"needs_x": needs[0], "needs_weights": needs[3]}
     if on_gpu(x):
-        found = recurrent_cuda.backward(spec, x, h0, c0, weights, *tensors, **wanted)
+        found = recurrent_cuda.backward(spec, x, h0, c0, weights, *masks[:2], *tensors, **wanted)
     else:
         views, _ = _views(spec, weights, cache)
         x, h0, c0, *arrays = map(array, (x, h0, c0, *tensors))
-        *states, dweights = _stack.backward(spec, x, h0, c0, views, *arrays, **wanted)
+        masks = Masks(*map(array, masks))
+        *states, dweights = _stack.backward(spec, x, h0, c0, views, masks, *arrays, **wanted)
         found = (*map(tensor_of, states), [tensor_of(d) for d in dweights or ()])
     *states, dweights = found
     dx, dh0, dc0 = (d if n else None for d, n in zip(states, needs, strict=False))
@@ -179,16 +183,15 @@ class _Recurrence(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, cache, by_operator, spec, x, h0, c0, lengths, resets, cell_states, save, *weights
-    ):
+    def forward(ctx, cache, by_operator, spec, x, h0, c0, *rest):
+        masks, (cell_states, save), weights = Masks(*rest[:_M]), rest[_M : _M + 2], rest[_M + 2 :]
         ctx.cache, ctx.spec, ctx.saved = cache, spec, save
         ctx.set_materialize_grads(False)
-        given = (spec, x, h0, c0, weights, lengths, resets, cell_states, save)
+        given = (spec, x, h0, c0, weights, masks, cell_states, save)
         outputs = _forward_by_operator(*given) if by_operator else _forward(*given, cache)
         if save:
             y, _, c_n, c, reserve = outputs
-            ctx.save_for_backward(x, h0, c0, lengths, resets, y, reserve, *weights)
+            ctx.save_for_backward(x, h0, c0, *masks, y, reserve, *weights)
             has_c = spec.kind.has_c
             absent = (None if has_c else c_n, None if has_c and cell_states else c)
             ctx.mark_non_differentiable(reserve, *(t for t in absent if t is not None))
@@ -200,27 +203,28 @@ class _Recurrence(Function):
         if not ctx.saved:
             raise RuntimeError(f"fastseq::{spec.cell}: gradients need a call with save=True")
         x, h0, c0, *rest = ctx.saved_tensors
-        tensors, weights = (*rest[:4], dy, dh_n, dc_n, dc), rest[4:]
-        wanted = ctx.needs_input_grad
-        needs = (*wanted[3:6], any(wanted[10:]))
+        masks, tensors = Masks(*rest[:_M]), (*rest[_M : _M + 2], dy, dh_n, dc_n, dc)
+        weights, wanted = rest[_M + 2 :], ctx.needs_input_grad
+        needs = (*wanted[3:6], any(wanted[8 + _M :]))
+        args = (spec, x, h0, c0, weights, masks, *tensors)
         if torch.is_grad_enabled() or heard((x, *tensors, *weights)):
-            grads = _backward_by_operator(spec, x, h0, c0, weights, *tensors, needs=needs)
+            grads = _backward_by_operator(*args, needs=needs)
         else:
-            grads = _backward(spec, x, h0, c0, weights, *tensors, needs=needs, cache=ctx.cache)
+            grads = _backward(*args, needs=needs, cache=ctx.cache)
         dx, dh0, dc0, dweights = grads
         dweights = dweights or [None] * len(weights)
-        return None, None, None, dx, dh0, dc0, None, None, None, None, *dweights
+        return None, None, None, dx, dh0, dc0, *[None] * (_M + 2), *dweights
 
 
-def _forward_by_operator(spec, x, h0, c0, weights, lengths, resets, cell_states, save):
+def _forward_by_operator(spec, x, h0, c0, weights, masks, cell_states, save):
     options = _options(spec, cell_states, save)
     with _C._AutoDispatchBelowAutograd():
-        return _OPERATORS[spec.cell](x, h0, c0, list(weights), lengths, resets, *options)
+        return _OPERATORS[spec.cell](x, h0, c0, list(weights), *masks, *options)
 
 
-def _backward_by_operator(spec, x, h0, c0, weights, *tensors, needs):
+def _backward_by_operator(spec, x, h0, c0, weights, masks, *tensors, needs):
     options = _options(spec, needs)
-    *states, dweights = _BWD_OPERATORS[spec.cell](x, h0, c0, weights, *tensors, *options)
+    *states, dweights = _BWD_OPERATORS[spec.cell](x, h0, c0, weights, *masks, *tensors, *options)
     dx, dh0, dc0 = (d if n else None for d, n in zip(states, needs, strict=False))
     return dx, dh0, dc0, dweights
 
@@ -231,7 +235,7 @@ def _options(spec, *of_the_call):
 
 
 @lru_cache(maxsize=256)
-def _spec(cell, num_weights, num_layers, bidirectional, reverse, limit):
+def _spec(cell, num_weights, num_layers, bidirectional, reverse, limit, zoneout):
     """The Spec that an operator's arguments mean.
 
     A scan has as many biases as weights or none, and may have a projection or parameters per unit.
@@ -240,26 +244,33 @@ def _spec(cell, num_weights, num_layers, bidirectional, reverse, limit):
     limit = _check.limit(kind.op, "clip_recurrent_grad", limit)
     per_scan = num_weights // (num_layers * (1 + bidirectional)) - (kind.params > 0)
     bias, proj = per_scan >= 2 * (1 + kind.recurrent), kind.recurrent and per_scan % 2 == 1
-    return Spec(cell, num_layers, bidirectional, reverse, bias, proj, limit=limit)
+    options = {"limit": limit, "zoneout": zoneout}
+    return Spec(cell, num_layers, bidirectional, reverse, bias, proj, **options)
 
 
-def _kernel(cell, x, h0, c0, weights, lengths, resets, *options):
-    *fixed, cell_states, save, limit = options
-    spec = _spec(cell, len(weights), *fixed, limit)
-    outputs = _forward(spec, x, h0, c0, weights, lengths, resets, cell_states, save)
+def _read(cell, weights, rest):
+    """Spec, masks, cell_states and save of an operator's arguments after the weights."""
+    masks, (*fixed, cell_states, save, limit) = Masks(*rest[:_M]), rest[_M:]
+    return _spec(cell, len(weights), *fixed, limit, masks.zoneout), masks, cell_states, save
+
+
+def _kernel(cell, x, h0, c0, weights, *rest):
+    spec, masks, cell_states, save = _read(cell, weights, rest)
+    outputs = _forward(spec, x, h0, c0, weights, masks, cell_states, save)
     return tuple(or_empty(t, x) for t in outputs)
 
 
 def _kernel_bwd(cell, x, h0, c0, weights, *rest):
     *tensors, num_layers, bidirectional, reverse, needs, limit = rest
-    spec = _spec(cell, len(weights), num_layers, bidirectional, reverse, limit)
-    *states, dweights = _backward(spec, x, h0, c0, weights, *tensors, needs=needs)
+    masks, tensors = Masks(*tensors[:_M]), tensors[_M:]
+    flags = num_layers, bidirectional, reverse, limit, masks.zoneout
+    spec = _spec(cell, len(weights), *flags)
+    *states, dweights = _backward(spec, x, h0, c0, weights, masks, *tensors, needs=needs)
     return *(or_empty(t, x) for t in states), dweights
 
 
-def _fake(cell, x, h0, c0, weights, lengths, resets, *options):
-    *fixed, cell_states, save, limit = options
-    spec = _spec(cell, len(weights), *fixed, limit)
+def _fake(cell, x, h0, c0, weights, *rest):
+    spec, _, cell_states, save = _read(cell, weights, rest)
     T, B, _ = x.shape
     w_ih, _, _, _, w_hr, _ = spec.weights_of(weights, 0)
     H = w_ih.shape[0] // spec.kind.gates
@@ -288,13 +299,11 @@ def _fake_bwd(x, h0, c0, weights, *rest):
     return *states, [x.new_empty(w.shape) for w in weights] if needs[3] else []
 
 
-def _autograd(cell, x, h0, c0, weights, lengths, resets, *options):
-    *fixed, cell_states, save, limit = options
-    args = (_spec(cell, len(weights), *fixed, limit), x, h0, c0)
-    given = (lengths, resets, cell_states, save)
+def _autograd(cell, x, h0, c0, weights, *rest):
+    spec, masks, *options = _read(cell, weights, rest)
     if recorded(x, h0, c0, weights):
-        return _Recurrence.apply(None, True, *args, *given, *weights)
-    return _forward_by_operator(*args, weights, *given)
+        return _Recurrence.apply(None, True, spec, x, h0, c0, *masks, *options, *weights)
+    return _forward_by_operator(spec, x, h0, c0, weights, masks, *options)
 
 
 def _autograd_bwd(cell, *args):
@@ -302,7 +311,7 @@ def _autograd_bwd(cell, *args):
     if not recorded(*args):
         with _C._AutoDispatchBelowAutograd():
             return operator(*args)
-    tensors = (*args[:3], *args[3], *args[4:12])
+    tensors = (*args[:3], *args[3], *args[4 : 4 + _M + 6])
     dx, dh0, dc0, *dweights = OnceDifferentiable.apply(operator, args, *tensors)
     return dx, dh0, dc0, dweights
 

@@ -8,7 +8,8 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import _check
-from fastseq._spec import Spec
+from fastseq._spec import KINDS, Spec
+from fastseq.torch._noise import Noise
 from fastseq.torch._weights import PackedWeights
 from fastseq.torch.ops import infer, run
 
@@ -18,14 +19,21 @@ _States = Tensor | tuple[Tensor, Tensor]
 class Layers(torch.nn.RNNBase):
     """What RNN, GRU and LSTM share: torch.nn.RNNBase's parameters, and forward."""
 
-    def __init__(self, mode, *args, clip_recurrent_grad=None, **kwargs):
+    def __init__(
+        self, mode, *args, clip_recurrent_grad=None, recurrent_dropout=0.0, zoneout=0.0, **kwargs
+    ):
         super().__init__(mode, *args, **kwargs)
-        self._specify(mode.lower(), clip_recurrent_grad)
+        self._specify(mode.lower(), clip_recurrent_grad, recurrent_dropout, zoneout)
 
-    def _specify(self, cell, clip_recurrent_grad):
-        limit = _check.limit(type(self).__name__, "clip_recurrent_grad", clip_recurrent_grad)
+    def _specify(self, cell, clip_recurrent_grad, recurrent_dropout, zoneout):
+        op = type(self).__name__
+        limit = _check.limit(op, "clip_recurrent_grad", clip_recurrent_grad)
+        self.noise = Noise.checked(op, KINDS[cell], recurrent_dropout, zoneout)
+        if self.noise.zoneout and self.proj_size:
+            raise ValueError(f"{op}: zoneout must be 0 with proj_size, got {zoneout}")
         options = (self.bidirectional, False, self.bias, self.proj_size > 0)
-        self._spec = Spec(cell, self.num_layers, *options, limit=limit)
+        own = {"limit": limit, "zoneout": self.noise.zoneout}
+        self._spec = Spec(cell, self.num_layers, *options, **own)
         self._layer_spec = self._spec._replace(num_layers=1)
         self._packed = PackedWeights()
 
@@ -36,7 +44,9 @@ class Layers(torch.nn.RNNBase):
 
     def extra_repr(self) -> str:
         limit = self.clip_recurrent_grad
-        return super().extra_repr() + (f", clip_recurrent_grad={limit}" if limit else "")
+        found = {"clip_recurrent_grad": limit} | self.noise._asdict()
+        text = (f", {name}={value}" for name, value in found.items() if value)
+        return super().extra_repr() + "".join(text)
 
     def forward(
         self, input: Tensor | PackedSequence, hx: _States | None = None
@@ -61,7 +71,7 @@ class Layers(torch.nn.RNNBase):
         weights, found = self._current_weights(), None
         batch_first = self.batch_first and input.dim() == 3
         x = input.transpose(0, 1) if batch_first else input
-        if not (self.dropout and self.training):
+        if not ((self.dropout and self.training) or self.noise.acts(self.training)):
             found = infer(self._spec, x, h0, c0, weights, self._packed)
         y, h_n, c_n = found or self._forward_checked(x, h0, c0, weights)
         return y.transpose(0, 1) if batch_first else y, self._join(h_n, c_n)
@@ -126,14 +136,17 @@ class Layers(torch.nn.RNNBase):
 
     def _scan(self, x, h0, c0, weights, lengths=None):
         """y, h_n, c_n; one layer at a time where dropout comes in between."""
+        masks = self.noise.masks(self._spec, x, self.proj_size or self.hidden_size, self.training)
+        masks = masks._replace(lengths=lengths)
         if not (self.dropout and self.training and self.num_layers > 1):
-            return run(self._spec, x, h0, c0, weights, lengths, cache=self._packed)[:3]
+            return run(self._spec, x, h0, c0, weights, masks, cache=self._packed)[:3]
         D, n = 1 + self.bidirectional, len(weights) // self.num_layers
         last = []
         for k in range(self.num_layers):
             x = x if k == 0 else dropout(x, self.dropout)
             h, c = (None if s is None else s[k * D : (k + 1) * D] for s in (h0, c0))
-            x, h, c, _ = run(self._layer_spec, x, h, c, weights[k * n : (k + 1) * n], lengths)
+            part = masks.of(slice(k * D, (k + 1) * D))
+            x, h, c, _ = run(self._layer_spec, x, h, c, weights[k * n : (k + 1) * n], part)
             last.append((h, c))
         h_n, c_n = zip(*last, strict=True)
         return x, torch.cat(h_n), torch.cat(c_n) if self._spec.kind.has_c else None
@@ -145,7 +158,7 @@ class RNN(Layers):
         h' = tanh(W_ih x + b_ih + W_hh h + b_hh)        or max(., 0) for nonlinearity="relu"
 
     Args: those of torch.nn.RNN in its order, nonlinearity the fourth; clip_recurrent_grad, by name,
-        as that of `fastseq.torch.rnn`, in every layer.
+        as that of `fastseq.torch.rnn`, in every layer; recurrent_dropout, zoneout: `Recurrent`.
     Raises: ValueError, TypeError where torch.nn.RNN raises them.
     Equivalent to: torch.nn.RNN(*args, **kwargs). Accuracy, Cost, Source: `fastseq.torch.rnn`.
     """
@@ -171,7 +184,7 @@ class GRU(Layers):
         z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)    h' = (1 - z) * n + z * h
 
     Args: those of torch.nn.GRU in its order; clip_recurrent_grad, by name, as that of
-        `fastseq.torch.gru`, in every layer.
+        `fastseq.torch.gru`, in every layer; recurrent_dropout, zoneout: `Recurrent`.
     Raises: ValueError, TypeError where torch.nn.GRU raises them.
     Equivalent to: torch.nn.GRU(*args, **kwargs). Accuracy, Cost, Source: `fastseq.torch.gru`.
     """
@@ -190,6 +203,7 @@ class LSTM(Layers):
 
     Args: those of torch.nn.LSTM in its order; clip_recurrent_grad, by name, as that of
         `fastseq.torch.lstm`, in every layer; with proj_size it limits dh as h has it, projected.
+        recurrent_dropout, zoneout: `Recurrent`; the second not with proj_size.
     Raises: ValueError, TypeError where torch.nn.LSTM raises them.
     Equivalent to: torch.nn.LSTM(*args, **kwargs). Accuracy, Cost, Source: `fastseq.torch.lstm`;
         projection: H. Sak et al., Long short-term memory based recurrent neural networks, 2014.

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fastseq._cell import Cell
 from fastseq.torch.functional import _scan
-from fastseq.user_cells import spec_of
+from fastseq.user_cells import masks_of, spec_of
 
 
 def scan(
@@ -23,10 +23,15 @@ def scan(
     reverse: bool = False,
     return_cell_states: bool = False,
     clip_recurrent_grad: float | None = None,
+    recurrent_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
 ) -> tuple:
     """A cell of your own over T steps.
 
-        a = W_ih x + b_ih + W_hh h + b_hh        h', c' = cell(a_1, ..., a_G, h, c, params)
+        a = W_ih x + b_ih + W_hh (d * h) + b_hh        d: recurrent_mask, else 1
+        m, m_c = cell(a_1, ..., a_G, h, c, params)
+        h' = z * h + (1 - z) * m                       z: zoneout_h, else 0; c' likewise
 
     Args:
         cell: what `fastseq.cell` made, or one of `fastseq.cells`, with G gates.
@@ -44,6 +49,9 @@ def scan(
         return_cell_states: give c of every step too.
         clip_recurrent_grad: m > 0, or None: no limit. The gradient that flows from a step back into
             the states before it becomes min(max(., -m), m), element by element.
+        recurrent_mask: (B, H), or None. Recurrent dropout, as in `fastseq.scan`; no gradient.
+        zoneout_h: (T, B, H), or None. Zoneout: 1 where h keeps its value; no gradient.
+        zoneout_c: (T, B, H), or None: the same for c; only of a cell with c.
 
     Returns:
         y (T, B, H), or (y, c) with return_cell_states, and h_n (B, H), or (h_n, c_n).
@@ -60,9 +68,11 @@ def scan(
     given = {
         "cell": cell, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "params": params,
         "c0": c0, "reverse": reverse, "return_cell_states": return_cell_states,
-        "clip_recurrent_grad": clip_recurrent_grad,
+        "clip_recurrent_grad": clip_recurrent_grad, "lengths": lengths, "resets": resets,
+        "recurrent_mask": recurrent_mask, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c,
     }  # fmt: skip
     spec, weights = spec_of(given)
-    y, h_n, c_n, c = _scan(spec, x, weights, h0, c0, lengths, resets, return_cell_states)
+    masks = masks_of(spec, given)
+    y, h_n, c_n, c = _scan(spec, x, weights, h0, c0, masks, return_cell_states)
     last = (h_n, c_n) if cell.has_c else h_n
     return ((y, c) if return_cell_states else y), last

@@ -24,6 +24,10 @@ class Recurrent(Layers):
         dropout: probability in training, between layers.
         bidirectional: a second direction, whose output is appended.
         clip_recurrent_grad: `fastseq.torch.scan`.
+        recurrent_dropout: probability in training that a unit's h is not seen by W_hh, drawn once
+            for a sequence.
+        zoneout: probability in training that a unit keeps its states for a step, or a pair, of h
+            and of c; in inference the mean over both.
         device: of the parameters: the cell runs on the CPU only.
         dtype: float32 or float64.
 
@@ -46,6 +50,8 @@ class Recurrent(Layers):
         bidirectional: bool = False,
         *,
         clip_recurrent_grad: float | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
         device=None,
         dtype=None,
     ):
@@ -53,7 +59,7 @@ class Recurrent(Layers):
         # torch.nn's constructor knows its own cells only: the plain one checks and sets the rest
         options = num_layers, bias, batch_first, dropout, bidirectional
         super().__init__("RNN_TANH", input_size, hidden_size, *options, device="meta")
-        self._specify(cell.key, clip_recurrent_grad)
+        self._specify(cell.key, clip_recurrent_grad, recurrent_dropout, zoneout)
         self.mode, self.cell, shapes = cell.op, cell, self._shapes(cell)
         for name in list(self._parameters):
             delattr(self, name)

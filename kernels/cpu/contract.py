@@ -67,7 +67,8 @@ class Scan:
     h_n: Any  # (B, R); backward: its gradient or None
     c_n: Any  # (B, H); backward: its gradient or None
     c: Any  # (T, B, H), any (t, b), or None; needed by the LSTM's backward
-    m: Any  # projection only: (T, B, H), or (1, B, H) where backward does not follow
+    # projection or zoneout: the cell's h' (T, B, H), or (1, B, H) where backward does not follow
+    m: Any
     gates: Any  # (T, B, gate_row) kept for backward, or None
     packed: Any = None  # forward: what `pack` wrote, 64-byte aligned
     dy: Any = None  # (T, B, R), any (t, b), or None: zeros
@@ -77,6 +78,10 @@ class Scan:
     dc0: Any = None  # (B, H)
     dweights: tuple | None = None  # as weights, or None: not wanted
     limit: float | None = None  # of what flows from one step to the one before, each element
+    m_c: Any = None  # zoneout: the cell's c', as m
+    recurrent_mask: Any = None  # (B, R), multiplied into h before w_hh; or None
+    zoneout_h: Any = None  # (T, B, H), the share of h that stays; None: 0
+    zoneout_c: Any = None
 
 
 CAUSAL = {False: 0, True: 1, "top_left": 1, "bottom_right": 2}

@@ -46,6 +46,13 @@ cdef Job job_of(object which, object scan) except *:
     j.m, j.m_t = v.data, v.stride[0]
     if scan.m is not None and scan.m.shape[0] == 1:
         j.m_t = 0
+    v = view(scan.m_c)
+    j.m_c, j.m_c_t = v.data, v.stride[0]
+    if scan.m_c is not None and scan.m_c.shape[0] == 1:
+        j.m_c_t = 0
+    j.zoneout = scan.m is not None and P == 0
+    j.recurrent_mask = view(scan.recurrent_mask).data
+    j.zoneout_h, j.zoneout_c = view(scan.zoneout_h).data, view(scan.zoneout_c).data
     return j
 
 

@@ -32,6 +32,8 @@ cdef extern from "cells.h" nogil:
 include "pack.pxi"
 include "product.pxi"
 include "scan.pxi"
+include "regularise.pxi"
 include "scan_forward.pxi"
 include "scan_backward.pxi"
+include "scan_gradients.pxi"
 include "entry.pxi"

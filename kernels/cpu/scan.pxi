@@ -27,8 +27,14 @@ cdef struct Job:
     real *c                     # cell states of all steps, or NULL
     Py_ssize_t c_t, c_b
     real *gates                 # (T, B, gate_row) for backward, or NULL
-    real *m                     # m[t * m_t + b * H + u]: o * tanh(c) before the projection, or NULL
+    real *m                     # m[t * m_t + b * H + u]: the cell's h' before projection or zoneout, or NULL
     Py_ssize_t m_t              # 0 where only the step at hand is kept
+    real *m_c                   # zoneout: likewise the cell's c'
+    Py_ssize_t m_c_t
+    bint zoneout
+    const real *recurrent_mask  # (B, R) or NULL
+    const real *zoneout_h       # (T, B, H) or NULL: 0
+    const real *zoneout_c
     # backward only
     Weights weights
     const real *dy              # (T, B, ...) or NULL
@@ -202,9 +208,6 @@ cdef void call_cell(const Part *p, const Rows *rows, Py_ssize_t first, Py_ssize_
         shape.cell.forward(&t)
     else:
         shape.cell.backward(&t)
-        if shape.cell.has_c and p.job.limit < INFINITY:
-            for r in range(n):
-                limit_row(t.row[DC_OUT][r], valid, p.job.limit)
     if redirect:
         for slot in range(SLOTS):
             if rows.row[slot] != NULL and is_output(slot, forward):

@@ -25,6 +25,13 @@ cdef struct Backward:
     Py_ssize_t acc_stride       # from row to row
     real **acc_row
     Rows rows
+    Rows cell_rows              # the same as the cell is to see them, with zoneout
+    real **zoneout_h
+    real **zoneout_c
+    real *past_h                # (n, H): the gradient that zoneout leads past the cell
+    real *past_c
+    real *dc_in                 # (n, H): what it leaves of dc for the cell
+    real *masked                # (chunk, B, R) with recurrent dropout
     const real **from_gates     # dGATES rows of the step after
     real **dh_row
     # the products
@@ -50,6 +57,7 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     g.acc_row = <real **>take(arena, n * pointer)
     for slot in range(SLOTS):
         g.rows.row[slot] = <real **>take(arena, n * pointer)
+    backward_regularise_layout(g, arena)
     g.from_gates = <const real **>take(arena, n * pointer)
     g.dh_row = <real **>take(arena, n * pointer)
     g.dgates_row = <const real **>take(arena, rows * pointer)
@@ -57,6 +65,21 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     g.out_row = <real **>take(arena, max(rows, width, s.P) * pointer)
     g.sums = <real *>take(arena, width * sizeof(real))
     g.outer_scratch = <real *>take(arena, outer_scratch(max(s.I, s.R, s.H)) * sizeof(real))
+
+
+cdef void backward_regularise_layout(Backward *g, char **arena) noexcept nogil:
+    cdef const Job *job = g.part.job
+    cdef Py_ssize_t H = job.shape.H, n = g.part.n if job.zoneout else 0, pointer = sizeof(void *)
+    cdef int slot
+    for slot in range(SLOTS):
+        g.cell_rows.row[slot] = <real **>take(arena, n * pointer)
+    g.zoneout_h = <real **>take(arena, n * pointer)
+    g.zoneout_c = <real **>take(arena, n * pointer)
+    g.past_h = <real *>take(arena, n * H * sizeof(real))
+    g.past_c = <real *>take(arena, n * H * sizeof(real))
+    g.dc_in = <real *>take(arena, n * H * sizeof(real))
+    n = g.chunk * job.B * job.shape.R if job.recurrent_mask != NULL else 0
+    g.masked = <real *>take(arena, n * sizeof(real))
 
 
 cdef inline real *dgates_at(const Backward *g, Py_ssize_t s, Py_ssize_t b) noexcept nogil:
@@ -117,7 +140,7 @@ cdef void backward_rows(Backward *g, Py_ssize_t s, Py_ssize_t active) noexcept n
         dh_in = dc_in = zero
         if enters and job.h_n != NULL:
             dh_in = job.h_n + b * shape.R
-        elif flows and shape.cell.dh_direct:
+        elif flows and (shape.cell.dh_direct or job.zoneout):
             dh_in = job.dh0 + b * shape.R
         row[DH_IN][i] = dh_in
         if shape.cell.has_c:
@@ -142,13 +165,32 @@ cdef void backward_rows(Backward *g, Py_ssize_t s, Py_ssize_t active) noexcept n
         if row[GATES] != NULL:
             row[GATES][i] = job.gates + (t * job.B + b) * shape.gate_row
         if row[H] != NULL:
-            row[H][i] = job.y + t * job.y_t + b * job.y_b
+            row[H][i] = job.m + t * job.m_t + b * shape.H if job.zoneout else job.y + t * job.y_t + b * job.y_b
         if row[H_PREV] != NULL:
             row[H_PREV][i] = <real *>h_before(job, zero, s, t, b)
         if shape.cell.has_c:
-            row[C][i] = job.c + t * job.c_t + b * job.c_b
+            row[C][i] = job.m_c + t * job.m_c_t + b * shape.H if job.zoneout else job.c + t * job.c_t + b * job.c_b
             row[C_PREV][i] = <real *>c_before(job, zero, s, t, b)
             row[DC_EXTERNAL][i] = zero if job.dc == NULL else <real *>job.dc + t * job.dc_t + b * job.dc_b
+        if job.zoneout:
+            zoneout_rows(g, i, t, b)
+
+
+cdef void zoneout_rows(Backward *g, Py_ssize_t i, Py_ssize_t t, Py_ssize_t b) noexcept nogil:
+    """Row i as the cell is to see it: all of dh in the product, all of dc in dc_in."""
+    cdef Job *job = g.part.job
+    cdef int slot
+    for slot in range(SLOTS):
+        if g.rows.row[slot] == NULL:
+            g.cell_rows.row[slot] = NULL
+        else:
+            g.cell_rows.row[slot][i] = g.rows.row[slot][i]
+    g.cell_rows.row[DY][i] = g.cell_rows.row[DH_IN][i] = g.part.zero
+    if job.shape.cell.has_c:
+        g.cell_rows.row[DC_EXTERNAL][i] = g.part.zero
+        g.cell_rows.row[DC_IN][i] = g.dc_in + i * job.shape.H
+    g.zoneout_h[i] = row_of_step(job.zoneout_h, job, t, b, g.part.zero)
+    g.zoneout_c[i] = row_of_step(job.zoneout_c, job, t, b, g.part.zero)
 
 
 cdef void collect(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) noexcept nogil:
@@ -181,21 +223,73 @@ cdef void limit_flow(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col
             limit_row(g.acc_row[r], valid, g.part.job.limit)
 
 
+cdef void zoneout_split(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width,
+                        real *product) noexcept nogil:
+    """dh and dc of n rows in two: what reaches the cell, and what goes past it."""
+    cdef Py_ssize_t H_ = g.part.job.shape.H, valid = imin(width, H_ - unit), r
+    cdef real ***row = g.rows.row
+    cdef real *dc
+    for r in range(i, i + n):
+        add_real_row(product, row[DY][r] + unit, valid)
+        add_real_row(product, row[DH_IN][r] + unit, valid)
+        split_row(product, g.past_h + r * H_ + unit, g.zoneout_h[r] + unit, valid)
+        product += width
+        if row[DC_IN] != NULL:
+            dc = g.dc_in + r * H_ + unit
+            memcpy(dc, row[DC_IN][r] + unit, valid * sizeof(real))
+            add_real_row(dc, row[DC_EXTERNAL][r] + unit, valid)
+            split_row(dc, g.past_c + r * H_ + unit, g.zoneout_c[r] + unit, valid)
+
+
+cdef void zoneout_join(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width) noexcept nogil:
+    """What went past the cell comes to what it gives the states before."""
+    cdef const Shape *s = &g.part.job.shape
+    cdef Py_ssize_t valid = imin(width, s.H - unit), r
+    for r in range(i, i + n):
+        if not s.cell.dh_direct:
+            memset(g.dh_row[r] + unit, 0, valid * sizeof(real))
+        add_real_row(g.dh_row[r] + unit, g.past_h + r * s.H + unit, valid)
+        if s.cell.has_c:
+            add_real_row(g.rows.row[DC_OUT][r] + unit, g.past_c + r * s.H + unit, valid)
+
+
+cdef void backward_cell(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width,
+                        real *product) noexcept nogil:
+    """The cell of n rows, zoneout around it; what flows back through c is limited."""
+    cdef Job *job = g.part.job
+    cdef Py_ssize_t r
+    if job.zoneout:
+        zoneout_split(g, i, n, unit, width, product)
+    call_cell(&g.part, &g.cell_rows if job.zoneout else &g.rows, i, n, unit, width, product, False)
+    if job.zoneout:
+        zoneout_join(g, i, n, unit, width)
+    if job.shape.cell.has_c and job.limit < INFINITY:
+        for r in range(i, i + n):
+            limit_row(g.rows.row[DC_OUT][r] + unit, imin(width, job.shape.H - unit), job.limit)
+
+
 cdef inline real *acc_at(Backward *g, Py_ssize_t i, Py_ssize_t panel) noexcept nogil:
     """Where row i of a panel is summed: the panels take the same place, unless the cell needs whole rows."""
     return g.acc + i * g.acc_stride + (panel * 4 * VL if g.part.job.shape.cell.whole_rows else 0)
 
 
 cdef void finish_panel(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t panel, bint to_cell,
-                       bint limited) noexcept nogil:
-    """n rows of a panel, summed, go to the cell, unless that waits for all panels, or are kept as dh."""
-    cdef Py_ssize_t width = 4 * VL
-    if limited:
-        limit_flow(g, i, n, panel * width)
+                       bint flow) noexcept nogil:
+    """n rows of a panel, summed, go to the cell, unless that waits for all panels, or are kept as dh. `flow`: they
+    come from the step after."""
+    cdef Job *job = g.part.job
+    cdef Py_ssize_t width = 4 * VL, col = panel * width, R = job.shape.R, r
+    cdef const real *mask
+    if flow and job.recurrent_mask != NULL:
+        for r in range(i, i + n):
+            mask = job.recurrent_mask + row_of(&g.part, r) * R + col
+            mask_row(g.acc_row[r], g.acc_row[r], mask, imin(width, R - col))
+    if flow and job.limit < INFINITY:
+        limit_flow(g, i, n, col)
     if not to_cell:
-        collect(g, i, n, panel * width)
-    elif not g.part.job.shape.cell.whole_rows:
-        call_cell(&g.part, &g.rows, i, n, panel * width, width, g.acc_row[i], False)
+        collect(g, i, n, col)
+    elif not job.shape.cell.whole_rows:
+        backward_cell(g, i, n, col, width, g.acc_row[i])
 
 
 cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
@@ -203,20 +297,20 @@ cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real
     """a W panel by panel. In blocks of k, so that a panel's block stays in L2 for all rows. Where nothing flows back,
     at a row's end and before a reset, the row is zero even if a weight is not finite."""
     cdef const Shape *s = &g.part.job.shape
-    cdef bint limited = g.part.job.limit < INFINITY and a == g.from_gates
+    cdef bint flow = a == g.from_gates
     cdef Py_ssize_t panel, i
     if active == 1:
-        backward_row(g, a[0], K, w, p0, p1, to_cell, limited)
+        backward_row(g, a[0], K, w, p0, p1, to_cell, flow)
     else:
         for panel in range(p0, p1):
-            backward_panel(g, a, K, w + panel * K * 4 * VL, panel, active, to_cell, limited)
+            backward_panel(g, a, K, w + panel * K * 4 * VL, panel, active, to_cell, flow)
     if to_cell and s.cell.whole_rows:
         for i in range(active):
-            call_cell(&g.part, &g.rows, i, 1, 0, s.params_plane, acc_at(g, i, 0), False)
+            backward_cell(g, i, 1, 0, s.params_plane, acc_at(g, i, 0))
 
 
 cdef void backward_panel(Backward *g, const real **a, Py_ssize_t K, const real *w, Py_ssize_t panel,
-                         Py_ssize_t active, bint to_cell, bint limited) noexcept nogil:
+                         Py_ssize_t active, bint to_cell, bint flow) noexcept nogil:
     """One panel of all active rows."""
     cdef Py_ssize_t i = 0, k0 = 0, n, left = ceil_div(active, tile_rows(4))
     for n in range(active):
@@ -226,13 +320,13 @@ cdef void backward_panel(Backward *g, const real **a, Py_ssize_t K, const real *
         k0 += K_BLOCK
     while left > 0:
         n = ceil_div(active - i, left)
-        finish_panel(g, i, n, panel, to_cell, limited)
+        finish_panel(g, i, n, panel, to_cell, flow)
         i += n
         left -= 1
 
 
 cdef void backward_row(Backward *g, const real *a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
-                       bint to_cell, bint limited) noexcept nogil:
+                       bint to_cell, bint flow) noexcept nogil:
     """The same for a single row, a few panels at a time."""
     cdef Py_ssize_t width = 4 * VL, panel = p0, n, p
     cdef real *acc
@@ -244,7 +338,7 @@ cdef void backward_row(Backward *g, const real *a, Py_ssize_t K, const real *w, 
             row_tile(n, 4, a, 0, K, w + panel * K * width, K * width, acc, width)
         for p in range(n):
             g.acc_row[0] = acc + p * width
-            finish_panel(g, 0, 1, panel + p, to_cell, limited)
+            finish_panel(g, 0, 1, panel + p, to_cell, flow)
         panel += n
 
 
@@ -305,117 +399,3 @@ cdef void backward_scan(Backward *g) noexcept nogil:
                 memcpy(g.rows.row[DC_OUT][i], g.rows.row[DC_IN][i], shape.H * sizeof(real))
             i += g.part.own_step
     finish_gradients(g)
-
-
-# ---- the products of a chunk: its M active rows, step by step and in each step by descending length
-
-cdef enum Source:
-    INPUT, STATE, PROJECTED
-
-
-cdef void gather(Backward *g, Py_ssize_t s0, Py_ssize_t s1, Source source) noexcept nogil:
-    """dgates_row and b_row for one weight gradient, out_row for dx."""
-    cdef Job *job = g.part.job
-    cdef const Shape *shape = &job.shape
-    cdef Py_ssize_t s, i, b, t, active = job.B
-    cdef Py_ssize_t input_planes = (shape.cell.planes - shape.cell.gates) * shape.H
-    g.M = 0
-    for s in range(s0, s1):
-        active = active_rows(&g.whole, s, active)
-        for i in range(active):
-            b = row_of(&g.whole, i)
-            t = time_of(job, b, s)
-            if source == INPUT:
-                g.dgates_row[g.M] = dgates_at(g, s, b) + input_planes
-                g.b_row[g.M] = job.x + t * job.x_t + b * job.x_b
-                if job.dx != NULL:
-                    g.out_row[g.M] = job.dx + (t * job.B + b) * shape.I
-            elif source == STATE:
-                g.dgates_row[g.M] = dgates_at(g, s, b)
-                g.b_row[g.M] = h_before(job, g.part.zero, s, t, b)
-            else:
-                g.dgates_row[g.M] = dh_at(g, s, b)
-                g.b_row[g.M] = job.m + t * job.m_t + b * shape.H
-            g.M += 1
-
-
-cdef void weight_gradient(Backward *g, real *dw, Py_ssize_t rows, Py_ssize_t columns, bint state_planes,
-                          real *sums) noexcept nogil:
-    """Add the gathered rows' part to this thread's rows of dw (rows, columns)."""
-    cdef const Shape *shape = &g.part.job.shape
-    cdef Py_ssize_t m, row
-    cdef Outer o
-    for m in range(rows):
-        row = m
-        if state_planes:
-            row = plane_gate(shape, <int>(m // shape.H), True) * shape.H + m % shape.H
-        g.out_row[m] = dw + row * columns
-    o.K, o.N, o.first = g.M, columns, g.first
-    o.m0, o.m1 = share(rows, g.part.rank, g.part.size), share(rows, g.part.rank + 1, g.part.size)
-    o.a, o.b, o.c, o.sums = g.dgates_row, g.b_row, g.out_row, sums
-    outer(&o, g.outer_scratch)
-
-
-cdef void params_gradient(Backward *g) noexcept nogil:
-    """The sums over the gathered rows of what stands behind the planes, for this thread's share of them."""
-    cdef const Shape *shape = &g.part.job.shape
-    cdef Py_ssize_t planes = shape.cell.planes * shape.H, n = shape.cell.params * shape.H
-    cdef Py_ssize_t m = share(n, g.part.rank, g.part.size), end = share(n, g.part.rank + 1, g.part.size)
-    cdef real *sums = <real *>g.part.job.d.params
-    if g.first and n > 0:
-        memset(sums + m, 0, (end - m) * sizeof(real))
-    while m < end:
-        sum_rows(g.dgates_row, g.M, planes + m, imin(OUTER_ROWS, end - m), sums + m)
-        m += OUTER_ROWS
-
-
-cdef void input_gradient(Backward *g) noexcept nogil:
-    """dx = dGATES W_ih for this thread's share of the gathered rows."""
-    cdef const Shape *shape = &g.part.job.shape
-    cdef Py_ssize_t m0 = share(g.M, g.part.rank, g.part.size), m1 = share(g.M, g.part.rank + 1, g.part.size)
-    cdef Product p
-    p.K, p.nv, p.w = shape.cell.gates * shape.H, 4, g.w + g.at.w_ih
-    p.p0, p.p1, p.init = 0, ceil_div(shape.I, 4 * VL), g.part.zero
-    p.panel_stride, p.columns, p.tail = 4 * VL, shape.I, g.part.tail
-    product(&p, g.dgates_row + m0, g.out_row + m0, m1 - m0)
-
-
-cdef void backward_products(Backward *g, Py_ssize_t s0, Py_ssize_t s1) noexcept nogil:
-    cdef Job *job = g.part.job
-    cdef const Shape *shape = &job.shape
-    cdef Py_ssize_t rows = shape.cell.gates * shape.H
-    cdef real *sums = NULL
-    gather(g, s0, s1, INPUT)
-    if job.dx != NULL:
-        input_gradient(g)
-    if job.d.w_ih == NULL:
-        return
-    weight_gradient(g, <real *>job.d.w_ih, rows, shape.I, False, <real *>job.d.b_ih)
-    if job.d.b_ih != NULL and shape.cell.planes > shape.cell.gates:
-        sums = g.sums
-    gather(g, s0, s1, STATE)
-    params_gradient(g)
-    if shape.cell.recurrent:
-        weight_gradient(g, <real *>job.d.w_hh, rows, shape.R, True, sums)
-    if shape.P > 0:
-        gather(g, s0, s1, PROJECTED)
-        weight_gradient(g, <real *>job.d.w_hr, shape.P, shape.H, False, NULL)
-
-
-cdef void finish_gradients(Backward *g) noexcept nogil:
-    """db_hh: b_ih's, or where hn stays apart the sums over the state's planes. dx past the ends: zeros."""
-    cdef Job *job = g.part.job
-    cdef const Shape *shape = &job.shape
-    cdef Py_ssize_t m, b, t, rows = shape.cell.gates * shape.H
-    cdef real *db = <real *>job.d.b_hh
-    if job.d.w_ih != NULL and db != NULL:
-        for m in range(share(rows, g.part.rank, g.part.size), share(rows, g.part.rank + 1, g.part.size)):
-            if shape.cell.planes > shape.cell.gates:
-                db[plane_gate(shape, <int>(m // shape.H), True) * shape.H + m % shape.H] = g.sums[m]
-            else:
-                db[m] = job.d.b_ih[m]
-    b = g.part.rank
-    while b < job.B and job.dx != NULL:
-        for t in range(length_of(job, b), job.T):
-            memset(job.dx + (t * job.B + b) * shape.I, 0, shape.I * sizeof(real))
-        b += g.part.size

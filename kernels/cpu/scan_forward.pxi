@@ -21,6 +21,11 @@ cdef struct Forward:
     real **gate_row
     Rows rows
     real **h_out                # y's rows: where the next state goes
+    real **c_out
+    real **h_in                 # what W_hh is applied to
+    real *masked                # (n, R) with recurrent dropout
+    real **zoneout_h
+    real **zoneout_c
 
 
 cdef void forward_layout(Forward *f, char **arena) noexcept nogil:
@@ -35,9 +40,14 @@ cdef void forward_layout(Forward *f, char **arena) noexcept nogil:
     f.gate_row = <real **>take(arena, f.chunk * n * pointer)
     f.rows.row[H_PREV] = <real **>take(arena, n * pointer)
     f.rows.row[H] = <real **>take(arena, n * pointer)
-    f.h_out = <real **>take(arena, n * pointer) if s.P > 0 else f.rows.row[H]
     f.rows.row[C_PREV] = <real **>take(arena, n * pointer) if s.cell.has_c else NULL
     f.rows.row[C] = <real **>take(arena, n * pointer) if s.cell.has_c else NULL
+    f.h_out = <real **>take(arena, n * pointer) if s.P > 0 or job.zoneout else f.rows.row[H]
+    f.c_out = <real **>take(arena, n * pointer) if job.zoneout else f.rows.row[C]
+    f.zoneout_h = <real **>take(arena, n * pointer)
+    f.zoneout_c = <real **>take(arena, n * pointer)
+    f.h_in = <real **>take(arena, n * pointer) if job.recurrent_mask != NULL else f.rows.row[H_PREV]
+    f.masked = <real *>take(arena, n * s.R * sizeof(real) if job.recurrent_mask != NULL else 0)
 
 
 cdef void forward_project(Forward *f, Py_ssize_t s0, Py_ssize_t s1, Py_ssize_t active) noexcept nogil:
@@ -84,7 +94,7 @@ cdef void forward_rows(Forward *f, Py_ssize_t s, Py_ssize_t active) noexcept nog
         t = time_of(job, b, s)
         before = t + 1 if job.reverse else t - 1
         f.h_out[i] = job.y + t * job.y_t + b * job.y_b
-        if shape.P > 0:
+        if shape.P > 0 or job.zoneout:
             f.rows.row[H][i] = job.m + t * job.m_t + b * shape.H
         h_prev = job.y + before * job.y_t + b * job.y_b
         if s == 0:
@@ -92,6 +102,11 @@ cdef void forward_rows(Forward *f, Py_ssize_t s, Py_ssize_t active) noexcept nog
         if is_reset(job, t, b):
             h_prev = f.part.zero
         f.rows.row[H_PREV][i] = h_prev
+        if job.recurrent_mask != NULL:
+            f.h_in[i] = f.masked + i * shape.R
+            mask_row(f.h_in[i], h_prev, job.recurrent_mask + b * shape.R, shape.R)
+        f.zoneout_h[i] = row_of_step(job.zoneout_h, job, t, b, f.part.zero)
+        f.zoneout_c[i] = row_of_step(job.zoneout_c, job, t, b, f.part.zero)
         if shape.cell.has_c:
             c_prev = c_out = job.c_n + b * shape.H
             if job.c != NULL:
@@ -102,14 +117,28 @@ cdef void forward_rows(Forward *f, Py_ssize_t s, Py_ssize_t active) noexcept nog
             if is_reset(job, t, b):
                 c_prev = f.part.zero
             f.rows.row[C_PREV][i] = c_prev
-            f.rows.row[C][i] = c_out
+            f.c_out[i] = c_out
+            if job.zoneout:
+                f.rows.row[C][i] = job.m_c + t * job.m_c_t + b * shape.H
+
+
+cdef void forward_cell(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width) noexcept nogil:
+    """The cell of n rows, and zoneout."""
+    cdef Py_ssize_t valid = imin(width, f.part.job.shape.H - unit), r
+    cdef real ***row = f.rows.row
+    call_cell(&f.part, &f.rows, i, n, unit, width, NULL, True)
+    if f.part.job.zoneout:
+        for r in range(i, i + n):
+            blend_row(f.h_out[r] + unit, row[H][r] + unit, row[H_PREV][r] + unit, f.zoneout_h[r] + unit, valid)
+            if row[C] != NULL:
+                blend_row(f.c_out[r] + unit, row[C][r] + unit, row[C_PREV][r] + unit, f.zoneout_c[r] + unit, valid)
 
 
 cdef inline void forward_panel(Forward *f, Py_ssize_t panel, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
     """The cell of a panel of n rows, unless it waits for all panels."""
     cdef const Shape *s = &f.part.job.shape
     if not s.cell.whole_rows:
-        call_cell(&f.part, &f.rows, i, n, panel * s.units * VL, s.units * VL, NULL, True)
+        forward_cell(f, i, n, panel * s.units * VL, s.units * VL)
 
 
 cdef void forward_whole_rows(Forward *f, Py_ssize_t active) noexcept nogil:
@@ -118,7 +147,7 @@ cdef void forward_whole_rows(Forward *f, Py_ssize_t active) noexcept nogil:
     cdef Py_ssize_t i
     if s.cell.whole_rows:
         for i in range(active):
-            call_cell(&f.part, &f.rows, i, 1, 0, s.params_plane, NULL, True)
+            forward_cell(f, i, 1, 0, s.params_plane)
 
 
 cdef void forward_row(Forward *f, real *gates) noexcept nogil:
@@ -130,7 +159,7 @@ cdef void forward_row(Forward *f, real *gates) noexcept nogil:
     cdef Py_ssize_t first_plane = (s.cell.planes - s.cell.gates) * VL
     while panel < f.p1:
         n = imin(ROW_PANELS, f.p1 - panel)
-        row_tile(n, s.nv, f.rows.row[H_PREV][0], 0, K, job.packed + f.at.w_hh + panel * reals, reals,
+        row_tile(n, s.nv, f.h_in[0], 0, K, job.packed + f.at.w_hh + panel * reals, reals,
                  gates + panel * stride + first_plane, stride)
         for p in range(panel, panel + n):
             forward_panel(f, p, 0, 1)
@@ -146,7 +175,7 @@ cdef void forward_tiles(Forward *f, Py_ssize_t panel, Py_ssize_t k0, Py_ssize_t 
     cdef const real *w = f.part.job.packed + f.at.w_hh + (panel * state_columns(s) + k0) * width
     while left > 0:
         n = ceil_div(end - i, left)
-        tile(n, s.nv, <const real **>f.rows.row[H_PREV] + i, k0, k1, w, NULL, f.rows.row[GATES] + i, col)
+        tile(n, s.nv, <const real **>f.h_in + i, k0, k1, w, NULL, f.rows.row[GATES] + i, col)
         i += n
         left -= 1
 
