@@ -1,14 +1,19 @@
 """Every sequence task of the benchmark runs to its end, in two steps, the same way twice."""
 
 import json
+import math
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
+from fastseq.bench.families import OURS
 from fastseq.bench.tasks import NAMES
+from fastseq.bench.tasks.bottleneck import pig_latin
+from fastseq.bench.tasks.train import Trained, thinned
 
 
 def run(name, out):
@@ -31,3 +36,26 @@ def test_task(name, tmp_path):
     again = run(name, tmp_path)
     for model, kept in report.data["models"].items():
         assert again.data["models"][model]["losses"] == kept["losses"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs", "drift"),
+    [
+        ((3.0, 2.0, math.nan, 5.0), (3.0, 2.5, math.inf, math.nan), 0.5),
+        ((3.0, math.nan), (3.0, 2.0), math.inf),
+        ((3.0, 2.0), (3.0, math.inf), math.inf),
+        ((math.nan,), (math.nan,), 0.0),
+    ],
+)
+def test_drift_until_neither_is_finite(ours, torchs, drift):
+    losses = {OURS: ours, "torch": torchs}
+    trainers = {who: SimpleNamespace(losses=curve) for who, curve in losses.items()}
+    assert Trained("lost", trainers, {}).drift(OURS) == drift
+
+
+def test_thinned_curve_is_json():
+    assert thinned([1.0, math.nan, math.inf]) == [1.0, None, None]
+
+
+def test_pig_latin():
+    assert pig_latin("print each word") == "intpray eachway ordway"

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from ..families import Case, Family, Job, JobReport, Run, Setup
 
-NAMES = ("classify", "adding", "copy_memory", "order", "bottleneck")
+NAMES = ("classify", "adding", "copy_memory", "order", "bottleneck", "clipping")
 
 
 def _run(name: str, run: Run, progress: Callable[[float], None]) -> JobReport:
