@@ -13,6 +13,8 @@ pytest.importorskip("matplotlib")
 from fastseq.bench.families import OURS
 from fastseq.bench.tasks import NAMES
 from fastseq.bench.tasks.bottleneck import pig_latin
+from fastseq.bench.tasks.one_to_many import batch_of
+from fastseq.bench.tasks.phrases import PAD, SIGNS
 from fastseq.bench.tasks.train import Trained, thinned
 
 
@@ -59,3 +61,11 @@ def test_thinned_curve_is_json():
 
 def test_pig_latin():
     assert pig_latin("print each word") == "intpray eachway ordway"
+
+
+def test_vector_of_letter_pairs():
+    vectors, signs = batch_of(["nana", "an"])
+    for vector, word in zip(vectors, signs.T.tolist(), strict=True):
+        pairs = {a * SIGNS + b for a, b in zip(word, word[1:], strict=False) if b != PAD}
+        assert set(vector.nonzero().flatten().tolist()) == pairs
+        assert vector.max() == 1

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from ..families import Case, Family, Job, JobReport, Run, Setup
 
-NAMES = ("classify", "adding", "copy_memory", "order", "bottleneck", "clipping")
+NAMES = ("classify", "adding", "copy_memory", "order", "bottleneck", "clipping", "one_to_many")
 
 
 def _run(name: str, run: Run, progress: Callable[[float], None]) -> JobReport:

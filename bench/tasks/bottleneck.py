@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from ..bars import Verdict
 from ..families import JobReport
 from .library import Library
-from .phrases import PAD, SIGNS, START, phrase, spelled
+from .phrases import PAD, SIGNS, greedy, phrase, spelled
 from .plots import Picture
 from .sentences import texts
 from .train import COLUMNS, Progress, Recipe, about, part, same_curve, train, verdict
@@ -122,14 +122,10 @@ def batches(
 @torch.no_grad()
 def right(model: Translator, source: Tensor, lengths: Tensor, target: Tensor) -> np.ndarray:
     """Of every phrase (B): the share of signs that are right, decoded greedily, the end too."""
-    states, h = model.encode(source, lengths)
-    given, written = torch.full((1, len(lengths)), START), []
-    for _ in target[1:]:
-        logits, h = model.decode(given, h, states, lengths)
-        given = logits.argmax(2)
-        written.append(given)
+    states, last = model.encode(source, lengths)
+    step = partial(model.decode, states=states, lengths=lengths)
     counted = target[1:] != PAD
-    hits = (torch.cat(written) == target[1:]) & counted
+    hits = (greedy(step, last, len(target) - 1) == target[1:]) & counted
     return (hits.sum(0) / counted.sum(0)).numpy()
 
 

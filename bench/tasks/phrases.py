@@ -1,9 +1,9 @@
-"""Real phrases as letters: words of the standard library's docstrings, for tasks that spell.
+"""Real phrases letter by letter, for tasks that spell.
 
-Signs are the 26 letters and a space, and around them PAD, START and END.
+Signs are the 26 letters and a space, START and END around them, and PAD.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def spelled(texts: Iterable[str]) -> Tensor:
 
 
 def phrase(words: list[str], letters: int, rng: np.random.Generator) -> str:
-    """As many words of a sentence as fit `letters`, from a random one on; at least one."""
+    """As many words of a sentence as fit, from a random one on; cut if it alone does not."""
     start = int(rng.integers(0, len(words)))
     text = words[start][:letters]
     for word in words[start + 1 :]:
@@ -33,3 +33,17 @@ def phrase(words: list[str], letters: int, rng: np.random.Generator) -> str:
             break
         text += f" {word}"
     return text
+
+
+@torch.no_grad()
+def greedy(step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], h: Tensor, T: int) -> Tensor:
+    """T signs (T, B), each the likeliest after those before it, from state h (layers, B, H).
+
+    `step` takes the sign before (1, B) and the state, to logits (1, B, SIGNS) and the next state.
+    """
+    given, written = torch.full((1, h.shape[1]), START), []
+    for _ in range(T):
+        logits, h = step(given, h)
+        given = logits.argmax(2)
+        written.append(given)
+    return torch.cat(written)
