@@ -4,15 +4,19 @@ import json
 import math
 from dataclasses import replace
 from importlib import import_module
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
+import torch
 from fastseq.bench.families import OURS
-from fastseq.bench.tasks import NAMES
+from fastseq.bench.tasks import NAMES, order
+from fastseq.bench.tasks.blocks import POSITIONS
 from fastseq.bench.tasks.bottleneck import pig_latin
+from fastseq.bench.tasks.library import OWN, TORCH
 from fastseq.bench.tasks.one_to_many import batch_of
 from fastseq.bench.tasks.phrases import PAD, SIGNS
 from fastseq.bench.tasks.train import Trained, thinned
@@ -66,6 +70,25 @@ def test_pig_latin():
 def test_vector_of_letter_pairs():
     vectors, signs = batch_of(["nana", "an"])
     for vector, word in zip(vectors, signs.T.tolist(), strict=True):
-        pairs = {a * SIGNS + b for a, b in zip(word, word[1:], strict=False) if b != PAD}
+        pairs = {a * SIGNS + b for a, b in pairwise(word) if b != PAD}
         assert set(vector.nonzero().flatten().tolist()) == pairs
         assert vector.max() == 1
+
+
+@pytest.mark.parametrize("library", [OWN, TORCH], ids=lambda library: library.name)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_order_is_seen_with_positions_alone(positions, library):
+    torch.manual_seed(0)
+    judge = order.Judge(positions, order.QUICK, 100, library).double()
+    words = torch.randint(100, (order.QUICK.T, 8))
+    difference = (judge(words) - judge(words.flip(0))).abs().min().item()
+    assert (difference < 1e-12) == (positions == "none")
+
+
+def test_attention_of_both_libraries_with_lengths():
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 2, 5, 4).double(), torch.randn(3, 2, 7, 4).double()
+    lengths = torch.tensor([7, 1, 4])
+    ours, torchs = (library.attention(q, k, k, lengths=lengths) for library in (OWN, TORCH))
+    assert (ours - torchs).abs().max() <= 1e-12
+    assert torch.equal(ours[1], k[1, :, :1].expand(2, 5, 4))
