@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 import torch
+from fastseq.bench import lm
 from fastseq.bench.families import OURS
 from fastseq.bench.tasks import NAMES, order
 from fastseq.bench.tasks.blocks import POSITIONS
@@ -19,7 +20,9 @@ from fastseq.bench.tasks.bottleneck import pig_latin
 from fastseq.bench.tasks.library import OWN, TORCH
 from fastseq.bench.tasks.one_to_many import batch_of
 from fastseq.bench.tasks.phrases import PAD, SIGNS
-from fastseq.bench.tasks.train import Trained, thinned
+from fastseq.bench.tasks.train import Trained, same_curve, thinned
+
+EPS = torch.finfo(torch.float32).eps
 
 
 def run(name, out):
@@ -57,6 +60,14 @@ def test_drift_until_neither_is_finite(ours, torchs, drift):
     losses = {OURS: ours, "torch": torchs}
     trainers = {who: SimpleNamespace(losses=curve) for who, curve in losses.items()}
     assert Trained("lost", trainers, {}).drift(OURS) == drift
+
+
+@pytest.mark.parametrize(("roundings", "same"), [(0, True), (9, True), (11, False)])
+def test_curve_beside_a_twin_that_agrees(roundings, same):
+    first = 3.0
+    losses = {OURS: [first * (1 + roundings * EPS)], "torch": [first], lm.TWIN: [first]}
+    trainers = {who: SimpleNamespace(losses=curve) for who, curve in losses.items()}
+    assert same_curve("task", [Trained("model", trainers, {OURS: [1.0]})]).passed is same
 
 
 def test_thinned_curve_is_json():

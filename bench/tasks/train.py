@@ -3,7 +3,8 @@
 Of `Recipe.steps` steps torch takes part in the first `shared`: there the two take turns and are
 timed in pairs, and the losses must agree. Training amplifies rounding, so the yardstick is lm.py's:
 a twin of torch's model with every initial weight one rounding off; ours may differ from torch by
-DRIFT times what torch differs from that twin.
+DRIFT times what torch differs from that twin. A twin that happens to agree counts as one rounding
+of the loss, a float32.
 """
 
 import math
@@ -89,6 +90,12 @@ class Trained:
         known = takewhile(lambda pair: any(map(math.isfinite, pair)), pairs)
         return max((_distance(*pair) for pair in known), default=0.0)
 
+    @property
+    def rounding(self) -> float:
+        """Torch's own: what its twin differs by, and at least one rounding of a float32 loss."""
+        largest = max(filter(math.isfinite, self.trainers["torch"].losses))
+        return max(self.drift(lm.TWIN), torch.finfo(torch.float32).eps * largest)
+
     def cells(self) -> tuple[str, ...]:
         """Under COLUMNS."""
         steps = (f"{1e3 * measure.median(self.times[who]):.2f} ms" for who in (OURS, "torch"))
@@ -146,7 +153,7 @@ def _distance(a: float, b: float) -> float:
 def same_curve(task: str, found: Iterable[Trained]) -> Verdict:
     """Whether all of a task's models lose what torch's lose, within rounding."""
     found = list(found)
-    excess = {t.name: t.drift(OURS) / (t.drift(lm.TWIN) or math.ulp(0.0)) for t in found}
+    excess = {t.name: t.drift(OURS) / t.rounding for t in found}
     worst = max(excess, key=lambda name: excess[name])
     return Verdict(
         f"{task}: the loss curves of torch within rounding",
