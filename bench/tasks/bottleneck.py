@@ -3,7 +3,7 @@
 Claim: an encoder that hands over only its last state has to press a sentence of any length into one
 vector, and what is decoded from it gets worse with length; a decoder that attends to all states of
 the encoder does not have this bottleneck. Sources: Sutskever et al., arXiv:1409.3215 (fixed
-encoding); Cho et al., arXiv:1409.1259, section 4 (worse with length); Bahdanau et al.,
+encoding); Cho et al., arXiv:1409.1259, section 5 (worse with length); Bahdanau et al.,
 arXiv:1409.0473, figure 2 (attention keeps it); Luong et al., arXiv:1508.04025, section 3.1 (the
 score "general", and attention after the recurrent layer, as here).
 
@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from ..bars import Verdict
 from ..families import JobReport
 from .library import Library
-from .phrases import PAD, SIGNS, greedy, phrase, spelled
+from .phrases import LETTERS, PAD, SIGNS, greedy, phrase, spelled
 from .plots import Picture
 from .sentences import texts
 from .train import COLUMNS, Progress, Recipe, about, part, same_curve, train, verdict
@@ -109,7 +109,7 @@ def loss_of(model: Translator, source: Tensor, lengths: Tensor, target: Tensor) 
 def batches(
     sentences: list[list[str]], config: Config, B: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Phrases (S, B) of all lengths alike, their lengths (B,), their translations (T, B)."""
+    """Phrases (S, B) short and long, their lengths (B,), their translations (T, B)."""
     rng = np.random.default_rng(seed)
     while True:
         chosen = [sentences[i] for i in rng.integers(0, len(sentences), B)]
@@ -130,8 +130,9 @@ def right(model: Translator, source: Tensor, lengths: Tensor, target: Tensor) ->
 
 
 def words_of(sentences: dict[str, int]) -> list[list[str]]:
-    """Words alone, without signs."""
-    return [[word for word in text.split() if word.isalpha()] for text in sentences]
+    """Words of LETTERS alone, of the sentences that have any."""
+    found = ([word for word in text.split() if set(word) <= set(LETTERS)] for text in sentences)
+    return [words for words in found if words]
 
 
 def run(full: bool, out: Path, progress: Progress, config: Config | None = None) -> JobReport:

@@ -25,7 +25,7 @@ def spelled(texts: Iterable[str]) -> Tensor:
 
 
 def phrase(words: list[str], letters: int, rng: np.random.Generator) -> str:
-    """As many words of a sentence as fit, from a random one on; cut if it alone does not."""
+    """From a random word of a sentence on, as many as fit; the first is cut if it does not."""
     start = int(rng.integers(0, len(words)))
     text = words[start][:letters]
     for word in words[start + 1 :]:
