@@ -1,8 +1,8 @@
 """The family "tasks": one small sequence task for every claim of the field, trained end to end.
 
 To add one: a module with `run(full, out, progress) -> JobReport`, as adding.py, and its name below.
-The character language model, many-to-many on real text, is the job of the families "rnn" and
-"attention".
+Many-to-many on real text, the character language model, is the job of the families "rnn" and
+"attention", which train it side by side with torch in the same way: not run a second time here.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from importlib import import_module
 
 from ..families import Case, Family, Job, JobReport, Run, Setup
 
-NAMES = ("classify", "adding", "copy_memory")
+NAMES = ("classify", "adding", "copy_memory", "order", "bottleneck", "clipping", "one_to_many")
 
 
 def _run(name: str, run: Run, progress: Callable[[float], None]) -> JobReport:

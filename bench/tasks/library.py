@@ -31,14 +31,21 @@ class LoopMinGRU(fastseq.torch.nn.MinGRU):
         return x, torch.stack(last)
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """(B, NH, L, D) to the same."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+def torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, lengths: Tensor | None = None
+) -> Tensor:
+    """(B, NH, L, D) to the same; of the keys of a sequence the first `lengths` (B,) count."""
+    mask = None
+    if lengths is not None:
+        mask = (torch.arange(k.shape[2]) < lengths[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
 
-def own_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+def own_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, lengths: Tensor | None = None
+) -> Tensor:
     """The same."""
-    return fastseq.torch.attention(q, k, v, causal=causal)
+    return fastseq.torch.attention(q, k, v, causal=causal, kv_lengths=lengths)
 
 
 def torch_rotary(x: Tensor) -> Tensor:

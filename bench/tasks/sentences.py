@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 AREAS = {
@@ -42,7 +43,21 @@ class Corpus:
 
 def load() -> Corpus:
     """From the standard library of this Python, in a fixed order."""
-    parts: dict[bool, dict[str, int]] = {False: {}, True: {}}
+    parts = texts()
+    counts = Counter(word for sentence in parts[False] for word in sentence.split())
+    known = sorted(word for word, count in counts.items() if count >= RAREST)
+    numbers = {word: i for i, word in enumerate(known, UNKNOWN + 1)}
+    train, held_out = (
+        [([numbers.get(word, UNKNOWN) for word in s.split()], area) for s, area in part.items()]
+        for part in parts
+    )
+    return Corpus(train, held_out, len(numbers) + 2)
+
+
+@cache
+def texts() -> tuple[dict[str, int], dict[str, int]]:
+    """The sentences themselves with the number of their area, for training and held out."""
+    parts: tuple[dict[str, int], dict[str, int]] = {}, {}
     for area, names in enumerate(AREAS.values()):
         for path in _files(names):
             for text in _docstrings(path):
@@ -50,14 +65,7 @@ def load() -> Corpus:
                 for sentence in _sentences(text):
                     if sentence not in parts[not held_out]:
                         parts[held_out].setdefault(sentence, area)
-    counts = Counter(word for sentence in parts[False] for word in sentence.split())
-    known = sorted(word for word, count in counts.items() if count >= RAREST)
-    numbers = {word: i for i, word in enumerate(known, UNKNOWN + 1)}
-    train, held_out = (
-        [([numbers.get(word, UNKNOWN) for word in s.split()], area) for s, area in part.items()]
-        for part in parts.values()
-    )
-    return Corpus(train, held_out, len(numbers) + 2)
+    return parts
 
 
 def _files(names: str) -> Iterator[Path]:
