@@ -12,7 +12,16 @@ CPU = Path("kernels/cpu")
 HEADERS = [str(p) for p in CPU.iterdir() if p.suffix in {".h", ".pxi"}]
 # No -ffast-math: NaN and infinity keep their meaning, and linking it would flush denormals
 # in the whole process.
-FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+# Aligned loops: a change elsewhere in the file must not move a hot one; GRU at B = 1 lost 5 % so.
+FLAGS = [
+    "-O3",
+    "-falign-loops=64",
+    "-falign-functions=64",
+    "-std=gnu11",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 FLAGS += [
     "-fno-semantic-interposition",
     "-Wno-unused-function",

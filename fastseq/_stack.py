@@ -17,7 +17,7 @@ from fastseq import _check, _dispatch
 from fastseq._arrays import contiguous, rows
 from fastseq._plan import Place, Plan, check_state, plan_for, signatures, sized
 from fastseq._spec import NO_MASKS, Masks, Spec
-from fastseq.kernels.cpu.contract import Scan
+from fastseq.kernels.cpu.contract import Noise, Scan
 
 Array = np.ndarray
 
@@ -74,8 +74,8 @@ class _Call:
 
     plan: Plan
     zoneout: bool
-    masks: Masks
-    order: Array | None
+    rows: tuple  # lengths, their order, resets
+    noise: tuple | None  # recurrent_mask, zoneout_h, zoneout_c of all scans
     h0: Array | None
     c0: Array | None
     reserve: Array | None
@@ -86,7 +86,7 @@ class _Call:
         gates = m = m_c = None
         if self.reserve is not None:
             kept = place.kept(self.reserve)
-            gates, m, c, m_c = (kept.get(name) for name in ("gates", "m", "c", "m_c"))
+            gates, m, c, m_c = kept.get("gates"), kept.get("m"), kept.get("c"), kept.get("m_c")
         elif place.c is not None and c is not None:
             c = c[:, :, place.c]
         if m is None and (self.plan.P or self.zoneout):
@@ -98,15 +98,10 @@ class _Call:
         h_n = None if h_n is None else h_n[i]
         c_n = None if c_n is None else c_n[i]
         # by place, which takes half the time of by name
-        fixed, masks = (place.sizes, x, (), place.reverse), self.masks
-        rows = masks.lengths, self.order, masks.resets
-        scan = Scan(*fixed, h0, c0, *rows, y, h_n, c_n, c, m, gates, packed)
-        if masks.recurrent_mask is not None:
-            scan.recurrent_mask = masks.recurrent_mask[i]
-        if self.zoneout:
-            scan.m_c = m_c
-            found = masks.zoneout_h, masks.zoneout_c
-            scan.zoneout_h, scan.zoneout_c = (None if a is None else a[i] for a in found)
+        fixed = place.sizes, x, (), place.reverse
+        scan = Scan(*fixed, h0, c0, *self.rows, y, h_n, c_n, c, m, gates, packed)
+        if self.noise is not None:
+            scan.noise = Noise(*(None if a is None else a[i] for a in self.noise), m_c)
         return scan
 
     def output(self, layer: int) -> Array:
@@ -127,23 +122,31 @@ def _columns(a: Array | None, part: slice | None) -> Any:
 
 
 def _call(spec: Spec, plan: Plan, h0, c0, masks: Masks, reserve) -> _Call:
-    order = None
+    rows, noise = (None, None, None), None
     if masks is not NO_MASKS:
-        masks = _checked(spec, plan, masks)
-        order = None if masks.lengths is None else np.argsort(-masks.lengths, kind="stable")
-    threads = _dispatch.get_num_threads()
-    h0, c0 = contiguous(h0), contiguous(c0)
-    return _Call(plan, spec.zoneout, masks, order, h0, c0, reserve, threads)
+        rows, noise = _rows(spec, plan, masks), _noise(spec, plan, masks)
+    states = contiguous(h0), contiguous(c0)
+    return _Call(plan, spec.zoneout, rows, noise, *states, reserve, _dispatch.get_num_threads())
 
 
-def _checked(spec: Spec, plan: Plan, masks: Masks) -> Masks:
-    """The masks as the kernels take them."""
-    S, T, B = spec.scans, plan.T, plan.B
-    lengths, resets, *noise = masks
+def _rows(spec: Spec, plan: Plan, masks: Masks) -> tuple:
+    """lengths, the rows by descending length, resets; None where absent."""
+    lengths, resets, *_ = masks
+    order = None
     if lengths is not None:
-        lengths = _check.counts(spec.op, "lengths", lengths, ("B", B), ("T", T))
+        lengths = _check.counts(spec.op, "lengths", lengths, ("B", plan.B), ("T", plan.T))
+        order = np.argsort(-np.asarray(lengths), kind="stable")
     if resets is not None:
-        resets = _check.resets(spec.op, resets, T, B)
+        resets = _check.resets(spec.op, resets, plan.T, plan.B)
+    return lengths, order, resets
+
+
+def _noise(spec: Spec, plan: Plan, masks: Masks) -> tuple | None:
+    """recurrent_mask, zoneout_h, zoneout_c as the kernels take them, None without any."""
+    S, T, B = spec.scans, plan.T, plan.B
+    noise = masks[2:]
+    if all(a is None for a in noise):
+        return None
     for name, letters, expected in (
         ("recurrent_mask", f"B, {'P' if plan.P else 'H'}", (B, plan.R)),
         ("zoneout_h", "T, B, H", (T, B, plan.H)),
@@ -156,7 +159,7 @@ def _checked(spec: Spec, plan: Plan, masks: Masks) -> Masks:
                 _check.shape(spec.op, name, mask.shape[1:], letters, expected)
             else:
                 _check.shape(spec.op, name, mask.shape, f"LD, {letters}", (S, *expected))
-    return Masks(lengths, resets, *map(contiguous, noise))
+    return tuple(map(contiguous, noise))
 
 
 def forward(

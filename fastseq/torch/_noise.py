@@ -16,8 +16,9 @@ class Noise(NamedTuple):
     zoneout_c: float = 0.0
 
     @classmethod
-    def checked(cls, op: str, kind: Kind, recurrent_dropout, zoneout) -> "Noise":
-        """From the constructor's arguments; zoneout is one number or two, of h and of c."""
+    def checked(cls, op: str, kind: Kind, recurrent_dropout, zoneout) -> "Noise | None":
+        """From the constructor's arguments; zoneout is one number or two, of h and of c. None: no
+        noise."""
         of_h, of_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout * kind.has_c)
         found = {"recurrent_dropout": recurrent_dropout, "zoneout": of_h, "zoneout of c": of_c}
         for name, p in found.items():
@@ -28,18 +29,15 @@ class Noise(NamedTuple):
         if recurrent_dropout and not kind.recurrent:
             text = "recurrent_dropout must be 0: the cell has no w_hh"
             raise ValueError(f"{op}: {text}, got {recurrent_dropout}")
-        return cls(*map(float, found.values()))
+        return cls(*map(float, found.values())) if any(found.values()) else None
 
     @property
     def zoneout(self) -> bool:
         return self.zoneout_h > 0 or self.zoneout_c > 0
 
-    def acts(self, training: bool) -> bool:
-        """Whether a scan needs masks: zoneout does in inference too, where it is its mean."""
-        return self.zoneout or (training and self.recurrent_dropout > 0)
-
     def masks(self, spec: Spec, x: Tensor, R: int, training: bool) -> Masks:
-        """Drawn for x (T, B, I) with torch's generator, for all scans of a module at once."""
+        """Drawn for x (T, B, I) with torch's generator, for all scans of a module at once; in
+        inference zoneout is its mean."""
         found = {}
         T, B, S = *x.shape[:2], spec.scans
         if training and self.recurrent_dropout:

@@ -8,7 +8,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import _check
-from fastseq._spec import KINDS, Spec
+from fastseq._spec import KINDS, NO_MASKS, Masks, Spec
 from fastseq.torch._noise import Noise
 from fastseq.torch._weights import PackedWeights
 from fastseq.torch.ops import infer, run
@@ -28,11 +28,12 @@ class Layers(torch.nn.RNNBase):
     def _specify(self, cell, clip_recurrent_grad, recurrent_dropout, zoneout):
         op = type(self).__name__
         limit = _check.limit(op, "clip_recurrent_grad", clip_recurrent_grad)
-        self.noise = Noise.checked(op, KINDS[cell], recurrent_dropout, zoneout)
-        if self.noise.zoneout and self.proj_size:
+        self._noise = Noise.checked(op, KINDS[cell], recurrent_dropout, zoneout)
+        has_zoneout = self._noise is not None and self._noise.zoneout
+        if has_zoneout and self.proj_size:
             raise ValueError(f"{op}: zoneout must be 0 with proj_size, got {zoneout}")
         options = (self.bidirectional, False, self.bias, self.proj_size > 0)
-        own = {"limit": limit, "zoneout": self.noise.zoneout}
+        own = {"limit": limit, "zoneout": has_zoneout}
         self._spec = Spec(cell, self.num_layers, *options, **own)
         self._layer_spec = self._spec._replace(num_layers=1)
         self._packed = PackedWeights()
@@ -44,7 +45,7 @@ class Layers(torch.nn.RNNBase):
 
     def extra_repr(self) -> str:
         limit = self.clip_recurrent_grad
-        found = {"clip_recurrent_grad": limit} | self.noise._asdict()
+        found = {"clip_recurrent_grad": limit} | (self._noise._asdict() if self._noise else {})
         text = (f", {name}={value}" for name, value in found.items() if value)
         return super().extra_repr() + "".join(text)
 
@@ -71,7 +72,7 @@ class Layers(torch.nn.RNNBase):
         weights, found = self._current_weights(), None
         batch_first = self.batch_first and input.dim() == 3
         x = input.transpose(0, 1) if batch_first else input
-        if not ((self.dropout and self.training) or self.noise.acts(self.training)):
+        if not ((self.dropout or self._noise) and (self.training or self._spec.zoneout)):
             found = infer(self._spec, x, h0, c0, weights, self._packed)
         y, h_n, c_n = found or self._forward_checked(x, h0, c0, weights)
         return y.transpose(0, 1) if batch_first else y, self._join(h_n, c_n)
@@ -136,8 +137,10 @@ class Layers(torch.nn.RNNBase):
 
     def _scan(self, x, h0, c0, weights, lengths=None):
         """y, h_n, c_n; one layer at a time where dropout comes in between."""
-        masks = self.noise.masks(self._spec, x, self.proj_size or self.hidden_size, self.training)
-        masks = masks._replace(lengths=lengths)
+        masks = NO_MASKS if lengths is None else Masks(lengths)
+        if self._noise:
+            sizes = x, self.proj_size or self.hidden_size
+            masks = self._noise.masks(self._spec, *sizes, self.training)._replace(lengths=lengths)
         if not (self.dropout and self.training and self.num_layers > 1):
             return run(self._spec, x, h0, c0, weights, masks, cache=self._packed)[:3]
         D, n = 1 + self.bidirectional, len(weights) // self.num_layers

@@ -46,6 +46,16 @@ class CompiledScoreMod:
     backward: int  # and gives the derivative by the score
 
 
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What training changes in a scan: recurrent dropout, zoneout."""
+
+    recurrent_mask: Any  # (B, R), multiplied into h before w_hh; or None
+    zoneout_h: Any  # (T, B, H), the share of h that stays; None: 0
+    zoneout_c: Any
+    m_c: Any  # with zoneout: the cell's c', as m
+
+
 @dataclass(slots=True)
 class Scan:
     """One direction of one layer. R = P with a projection (P > 0), else R = H.
@@ -78,10 +88,7 @@ class Scan:
     dc0: Any = None  # (B, H)
     dweights: tuple | None = None  # as weights, or None: not wanted
     limit: float | None = None  # of what flows from one step to the one before, each element
-    m_c: Any = None  # zoneout: the cell's c', as m
-    recurrent_mask: Any = None  # (B, R), multiplied into h before w_hh; or None
-    zoneout_h: Any = None  # (T, B, H), the share of h that stays; None: 0
-    zoneout_c: Any = None
+    noise: Noise | None = None
 
 
 CAUSAL = {False: 0, True: 1, "top_left": 1, "bottom_right": 2}

@@ -46,14 +46,21 @@ cdef Job job_of(object which, object scan) except *:
     j.m, j.m_t = v.data, v.stride[0]
     if scan.m is not None and scan.m.shape[0] == 1:
         j.m_t = 0
-    v = view(scan.m_c)
-    j.m_c, j.m_c_t = v.data, v.stride[0]
-    if scan.m_c is not None and scan.m_c.shape[0] == 1:
-        j.m_c_t = 0
-    j.zoneout = scan.m is not None and P == 0
-    j.recurrent_mask = view(scan.recurrent_mask).data
-    j.zoneout_h, j.zoneout_c = view(scan.zoneout_h).data, view(scan.zoneout_c).data
+    j.zoneout, j.recurrent_mask, j.zoneout_h, j.zoneout_c = False, NULL, NULL, NULL
+    if scan.noise is not None:
+        add_noise(&j, scan.noise)
+        j.zoneout = scan.m is not None and P == 0
     return j
+
+
+cdef int add_noise(Job *j, object noise) except -1:
+    cdef View v = view(noise.m_c)
+    j.m_c, j.m_c_t = v.data, v.stride[0]
+    if noise.m_c is not None and noise.m_c.shape[0] == 1:
+        j.m_c_t = 0
+    j.recurrent_mask = view(noise.recurrent_mask).data
+    j.zoneout_h, j.zoneout_c = view(noise.zoneout_h).data, view(noise.zoneout_c).data
+    return 0
 
 
 cdef int add_gradients(Job *j, object scan) except -1:

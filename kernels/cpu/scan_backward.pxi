@@ -253,16 +253,17 @@ cdef void zoneout_join(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit,
             add_real_row(g.rows.row[DC_OUT][r] + unit, g.past_c + r * s.H + unit, valid)
 
 
-cdef void backward_cell(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width,
-                        real *product) noexcept nogil:
+cdef inline void backward_cell(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width,
+                               real *product) noexcept nogil:
     """The cell of n rows, zoneout around it; what flows back through c is limited."""
     cdef Job *job = g.part.job
     cdef Py_ssize_t r
     if job.zoneout:
         zoneout_split(g, i, n, unit, width, product)
-    call_cell(&g.part, &g.cell_rows if job.zoneout else &g.rows, i, n, unit, width, product, False)
-    if job.zoneout:
+        call_cell(&g.part, &g.cell_rows, i, n, unit, width, product, False)
         zoneout_join(g, i, n, unit, width)
+    else:
+        call_cell(&g.part, &g.rows, i, n, unit, width, product, False)
     if job.shape.cell.has_c and job.limit < INFINITY:
         for r in range(i, i + n):
             limit_row(g.rows.row[DC_OUT][r] + unit, imin(width, job.shape.H - unit), job.limit)
@@ -273,8 +274,8 @@ cdef inline real *acc_at(Backward *g, Py_ssize_t i, Py_ssize_t panel) noexcept n
     return g.acc + i * g.acc_stride + (panel * 4 * VL if g.part.job.shape.cell.whole_rows else 0)
 
 
-cdef void finish_panel(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t panel, bint to_cell,
-                       bint flow) noexcept nogil:
+cdef inline void finish_panel(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t panel, bint to_cell,
+                              bint flow) noexcept nogil:
     """n rows of a panel, summed, go to the cell, unless that waits for all panels, or are kept as dh. `flow`: they
     come from the step after."""
     cdef Job *job = g.part.job

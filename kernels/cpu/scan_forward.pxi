@@ -105,8 +105,9 @@ cdef void forward_rows(Forward *f, Py_ssize_t s, Py_ssize_t active) noexcept nog
         if job.recurrent_mask != NULL:
             f.h_in[i] = f.masked + i * shape.R
             mask_row(f.h_in[i], h_prev, job.recurrent_mask + b * shape.R, shape.R)
-        f.zoneout_h[i] = row_of_step(job.zoneout_h, job, t, b, f.part.zero)
-        f.zoneout_c[i] = row_of_step(job.zoneout_c, job, t, b, f.part.zero)
+        if job.zoneout:
+            f.zoneout_h[i] = row_of_step(job.zoneout_h, job, t, b, f.part.zero)
+            f.zoneout_c[i] = row_of_step(job.zoneout_c, job, t, b, f.part.zero)
         if shape.cell.has_c:
             c_prev = c_out = job.c_n + b * shape.H
             if job.c != NULL:
@@ -122,23 +123,29 @@ cdef void forward_rows(Forward *f, Py_ssize_t s, Py_ssize_t active) noexcept nog
                 f.rows.row[C][i] = job.m_c + t * job.m_c_t + b * shape.H
 
 
-cdef void forward_cell(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width) noexcept nogil:
-    """The cell of n rows, and zoneout."""
+cdef void zoneout(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width) noexcept nogil:
+    """The states of n rows from what the cell made of them and those before."""
     cdef Py_ssize_t valid = imin(width, f.part.job.shape.H - unit), r
     cdef real ***row = f.rows.row
+    for r in range(i, i + n):
+        blend_row(f.h_out[r] + unit, row[H][r] + unit, row[H_PREV][r] + unit, f.zoneout_h[r] + unit, valid)
+        if row[C] != NULL:
+            blend_row(f.c_out[r] + unit, row[C][r] + unit, row[C_PREV][r] + unit, f.zoneout_c[r] + unit, valid)
+
+
+cdef inline void forward_cell(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit,
+                              Py_ssize_t width) noexcept nogil:
     call_cell(&f.part, &f.rows, i, n, unit, width, NULL, True)
     if f.part.job.zoneout:
-        for r in range(i, i + n):
-            blend_row(f.h_out[r] + unit, row[H][r] + unit, row[H_PREV][r] + unit, f.zoneout_h[r] + unit, valid)
-            if row[C] != NULL:
-                blend_row(f.c_out[r] + unit, row[C][r] + unit, row[C_PREV][r] + unit, f.zoneout_c[r] + unit, valid)
+        zoneout(f, i, n, unit, width)
 
 
-cdef inline void forward_panel(Forward *f, Py_ssize_t panel, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
-    """The cell of a panel of n rows, unless it waits for all panels."""
+cdef inline void forward_panels(Forward *f, Py_ssize_t panel, Py_ssize_t panels, Py_ssize_t i,
+                                Py_ssize_t n) noexcept nogil:
+    """The cell of some panels of n rows, together at most 4 vectors of units, unless it waits for all panels."""
     cdef const Shape *s = &f.part.job.shape
     if not s.cell.whole_rows:
-        forward_cell(f, i, n, panel * s.units * VL, s.units * VL)
+        forward_cell(f, i, n, panel * s.units * VL, panels * s.units * VL)
 
 
 cdef void forward_whole_rows(Forward *f, Py_ssize_t active) noexcept nogil:
@@ -155,15 +162,17 @@ cdef void forward_row(Forward *f, real *gates) noexcept nogil:
     cdef Job *job = f.part.job
     cdef const Shape *s = &job.shape
     cdef Py_ssize_t K = state_columns(s), reals = K * s.nv * VL, stride = s.units * s.cell.planes * VL
-    cdef Py_ssize_t panel = f.p0, n, p
+    cdef Py_ssize_t panel = f.p0, n, p, together = max(1, 4 // s.units)
     cdef Py_ssize_t first_plane = (s.cell.planes - s.cell.gates) * VL
     while panel < f.p1:
         n = imin(ROW_PANELS, f.p1 - panel)
         row_tile(n, s.nv, f.h_in[0], 0, K, job.packed + f.at.w_hh + panel * reals, reals,
                  gates + panel * stride + first_plane, stride)
-        for p in range(panel, panel + n):
-            forward_panel(f, p, 0, 1)
+        p = panel
         panel += n
+        while p < panel:
+            forward_panels(f, p, imin(together, panel - p), 0, 1)
+            p += together
 
 
 cdef void forward_tiles(Forward *f, Py_ssize_t panel, Py_ssize_t k0, Py_ssize_t k1, Py_ssize_t i,
@@ -199,7 +208,7 @@ cdef void forward_step(Forward *f, real **gates, Py_ssize_t active) noexcept nog
         while i < active:
             end = imin(i + group, active)
             forward_tiles(f, panel, k0, K, i, end)
-            forward_panel(f, panel, i, end - i)
+            forward_panels(f, panel, 1, i, end - i)
             i = end
     forward_whole_rows(f, active)
 
