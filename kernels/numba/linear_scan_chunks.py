@@ -1,9 +1,9 @@
 """Linear recurrences of few columns and many steps, in parallel over time: y_t = a_t y_{t-1} + x_t.
 
-Time is cut into chunks of CHUNK steps. A chunk is folded to its last y from y = 0 and the product
-of its a, in parallel; the states before all chunks follow in order; from its own each chunk is
-scanned, in parallel. Traffic: 5 arrays (5 FLOP a number). LANES chunks advance side by side, or
-every step would wait for the result of the step before: 3 times a plain loop on two cores (Zen 3).
+Time is cut into chunks. A chunk is folded to its last y from y = 0 and the product of its a, in
+parallel; the states before all chunks follow in order; from its own each chunk is scanned, in
+parallel. Traffic: 5 arrays (5 FLOP a number). LANES chunks advance side by side, or every step
+would wait for the result of the step before; folding keeps twice the numbers, so half of them.
 
 A product that leaves [-1, 1] would magnify rounding errors, and with a state that is not finite it
 could give NaN where the plain recurrence has infinity: then the chunk is scanned for its last y.
@@ -18,9 +18,10 @@ from fastseq.kernels.numba import native
 from fastseq.kernels.numba.native import OPTIONS, at, stack, take
 from numba import carray, njit
 
-CHUNK, LANES = 1040, 4  # lanes a power of two apart would share one set of the L1 cache
+CHUNK = 512  # at least so many steps: 15 groups of lanes for the threads at T = 65536
+LANES, FOLD_LANES = 8, 4
 
-_NUMBERS = ("T", "B", "C", "itemsize", "chunks", "ends", "products", "states", "wild")
+_NUMBERS = ("T", "B", "C", "itemsize", "chunk", "chunks", "ends", "products", "states", "wild")
 _SEQUENCES = dict.fromkeys(("a", "x", "y", "h", "da", "resets"), "tb")
 JOB = native.record(*_NUMBERS, **_SEQUENCES, initial="b", final="b")
 _BYTE = np.uint8(0)
@@ -32,31 +33,40 @@ def _reset(job, t, b):
 
 
 @njit(**OPTIONS)
+def _steps(job, k):
+    """Of chunk k: all have as many, but where time ends."""
+    return min(max(job.T - k * job.chunk, 0), job.chunk)
+
+
+@njit(**OPTIONS)
 def _task(job):
-    """The next group of LANES chunks: row, column, first chunk, that after the last; -1: none."""
-    groups = (job.chunks + LANES - 1) // LANES
+    """The next group of LANES chunks: row, column, first chunk, steps of its last; -1: none."""
+    groups = job.chunks // LANES
     task = take(job.counter)
     if task >= job.B * job.C * groups:
         return -1, 0, 0, 0
     q, first = task // groups, task % groups * LANES
-    return q // job.C, q % job.C, first, min(first + LANES, job.chunks)
+    return q // job.C, q % job.C, first, _steps(job, first + LANES - 1)
 
 
 @njit(**OPTIONS)
-def _fold(job, b, c, first, lanes, steps, like):
-    """ends, products and wild of `lanes` chunks, each of that many steps."""
+def _fold(job, b, c, first, lanes, start, steps, like):
+    """ends, products and wild of `lanes` chunks, from step `start` of each to `steps`."""
     q, c = (b * job.C + c) * job.chunks + first, c * job.itemsize
     ends, products, wild = stack(LANES, like), stack(LANES, like), stack(LANES, _BYTE)
     one = type(like)(1)
     for k in range(lanes):
         ends[k], products[k], wild[k] = like, one, 0
-    t = first * CHUNK
+        if start:
+            ends[k], products[k] = at(job.ends, like)[q + k], at(job.products, like)[q + k]
+            wild[k] = at(job.wild, _BYTE)[q + k]
+    t, chunk = first * job.chunk, job.chunk
     a_t, x_t, r_t = job.a_t, job.x_t, job.resets_t
     a_0, x_0 = job.a + b * job.a_b + c + t * a_t, job.x + b * job.x_b + c + t * x_t
     r_0, masked = job.resets + b * job.resets_b + t * r_t, job.resets != 0
-    for j in range(steps):
+    for j in range(start, steps):
         for k in range(lanes):
-            t = k * CHUNK + j
+            t = k * chunk + j
             a, x = at(a_0 + t * a_t, like)[0], at(x_0 + t * x_t, like)[0]
             if masked and at(r_0 + t * r_t, _BYTE)[0]:
                 ends[k], products[k] = x, like
@@ -71,10 +81,10 @@ def _fold(job, b, c, first, lanes, steps, like):
 
 
 @njit(**OPTIONS)
-def _scan(job, b, c, first, lanes, steps, like):
+def _scan(job, b, c, first, lanes, start, steps, like):
     """y, and da where it is wanted, of the same chunks; their states become those after them."""
     q, c = (b * job.C + c) * job.chunks + first, c * job.itemsize
-    states, t = stack(LANES, like), first * CHUNK
+    states, t, chunk = stack(LANES, like), first * job.chunk, job.chunk
     for k in range(lanes):
         states[k] = at(job.states, like)[q + k]
     a_t, x_t, y_t, h_t, da_t, r_t = job.a_t, job.x_t, job.y_t, job.h_t, job.da_t, job.resets_t
@@ -82,9 +92,9 @@ def _scan(job, b, c, first, lanes, steps, like):
     y_0, h_0 = job.y + b * job.y_b + c + t * y_t, job.h + b * job.h_b + c + t * h_t
     da_0, r_0 = job.da + b * job.da_b + c + t * da_t, job.resets + b * job.resets_b + t * r_t
     masked, wanted = job.resets != 0, job.da != 0
-    for j in range(steps):
+    for j in range(start, steps):
         for k in range(lanes):
-            t, y = k * CHUNK + j, states[k]
+            t, y = k * chunk + j, states[k]
             a, x = at(a_0 + t * a_t, like)[0], at(x_0 + t * x_t, like)[0]
             reset = masked and at(r_0 + t * r_t, _BYTE)[0] != 0
             if wanted:
@@ -99,30 +109,29 @@ def _scan(job, b, c, first, lanes, steps, like):
 
 @njit(**OPTIONS)
 def _folds(job, like):
-    b, c, first, stop = _task(job)
+    b, c, first, steps = _task(job)
     while b >= 0:
-        if first + LANES <= job.T // CHUNK:
-            _fold(job, b, c, first, LANES, CHUNK, like)
-        else:
-            for k in range(first, stop):
-                _fold(job, b, c, k, 1, min(CHUNK, job.T - k * CHUNK), like)
-        b, c, first, stop = _task(job)
+        for k in range(first, first + LANES, FOLD_LANES):
+            _fold(job, b, c, k, FOLD_LANES, 0, steps, like)
+        for k in range(first, first + LANES - 1):
+            if steps < _steps(job, k):
+                _fold(job, b, c, k, 1, steps, _steps(job, k), like)
+        b, c, first, steps = _task(job)
 
 
 @njit(**OPTIONS)
 def _scans(job, like):
-    b, c, first, stop = _task(job)
+    b, c, first, steps = _task(job)
     while b >= 0:
-        if first + LANES <= job.T // CHUNK:
-            _scan(job, b, c, first, LANES, CHUNK, like)
-        else:
-            for k in range(first, stop):
-                _scan(job, b, c, k, 1, min(CHUNK, job.T - k * CHUNK), like)
-        if stop == job.chunks:
+        _scan(job, b, c, first, LANES, 0, steps, like)
+        for k in range(first, first + LANES - 1):
+            if steps < _steps(job, k):
+                _scan(job, b, c, k, 1, steps, _steps(job, k), like)
+        if first + LANES == job.chunks:
             q = (b * job.C + c) * job.chunks
             final = at(job.final + b * job.final_b, like)
             final[c] = at(job.states, like)[q + job.chunks - 1]
-        b, c, first, stop = _task(job)
+        b, c, first, steps = _task(job)
 
 
 @njit(**OPTIONS)
@@ -140,7 +149,7 @@ def _carries(job, like):
             if not at(job.wild, _BYTE)[i] and np.isfinite(state):
                 state = products[i] * state + ends[i]
                 continue
-            for t in range(k * CHUNK, min(job.T, (k + 1) * CHUNK)):
+            for t in range(k * job.chunk, k * job.chunk + _steps(job, k)):
                 a, x = at(a_b + t * job.a_t, like)[c], at(x_b + t * job.x_t, like)[c]
                 state = x if _reset(job, t, b) else a * state + x
         q = take(job.counter)
@@ -180,6 +189,19 @@ def _kernels(itemsize):
     return native.compile_all(f"linear_scan in chunks for {8 * itemsize}-bit numbers", functions)
 
 
+@cache
+def _cut(T):
+    """Steps of a chunk, and how many: whole groups of lanes, where time ends they are shorter.
+
+    Chunks near a multiple of 512 bytes apart would share few sets of the L1 cache.
+    """
+    for groups in range(T // (LANES * CHUNK), 1, -1):
+        chunk = -(-T // (LANES * groups))
+        if 16 <= chunk % 128 <= 112:
+            return chunk, LANES * groups
+    return -(-T // LANES), LANES
+
+
 def scan(a, x, y, initial, final, resets, threads, h=None, da=None):
     """Write y (T, B, C) and final (B, C): y_t = a_t y_{t-1} + x_t from initial (B, C), T >= 1.
 
@@ -187,13 +209,13 @@ def scan(a, x, y, initial, final, resets, threads, h=None, da=None):
     elements; resets (T, B) bool or None; initial and final in C order.
     """
     T, B, C = a.shape
-    chunks = -(-T // CHUNK)
+    chunk, chunks = _cut(T)
     n = B * C * chunks
     scratch = np.empty(3 * n * a.itemsize + n, np.uint8)
     start = native.address(scratch)
     parts = [start + part * n * a.itemsize for part in range(4)]  # ends, products, states, wild
     arrays = [(s, 2) for s in (a, x, y, h, da, resets)] + [(initial, 1), (final, 1)]
-    job = native.job((T, B, C, a.itemsize, chunks, *parts), arrays)
+    job = native.job((T, B, C, a.itemsize, chunk, chunks, *parts), arrays)
     folds, carries, scans = _kernels(a.itemsize)
     native.run(folds, job, threads)
     native.run(carries, job, threads if B * C > LANES else 1)
