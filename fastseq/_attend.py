@@ -67,7 +67,7 @@ def _slopes(op: str, value, B: int, NH: int, dtype) -> Array | None:
     return np.broadcast_to(elements(value), (B, NH))
 
 
-def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Plan, Attention]:
+def prepare(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Plan, Attention]:
     """Checked arguments as the kernels take them, without outputs."""
     if op == "attention_varlen" and not given.packed:
         raise TypeError(f"{op}: cu_seqlens_q must be integers, got NoneType")
@@ -104,14 +104,22 @@ def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Plan, 
     )  # fmt: skip
 
 
-def like(a: Array, columns: int, make: Callable[..., Array] = np.empty) -> Array:
-    """An array of a's shape and order of axes in memory, but for the size of its last axis."""
+def memory_of(a: Array, columns: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The shape in memory of what follows a's order of axes, the last one of `columns`, and the
+    transposition that makes it a's shape; None: none."""
     if a.flags.c_contiguous:
-        return make((*a.shape[:-1], columns), a.dtype)
+        return (*a.shape[:-1], columns), None
     axes = range(a.ndim - 1)
     order = sorted(axes, key=lambda axis: -abs(a.strides[axis]))
-    made = make((*(a.shape[axis] for axis in order), columns), a.dtype)
-    return made.transpose(*(order.index(axis) for axis in axes), a.ndim - 1)
+    shape = (*(a.shape[axis] for axis in order), columns)
+    return shape, (*(order.index(axis) for axis in axes), a.ndim - 1)
+
+
+def like(a: Array, columns: int, make: Callable[..., Array] = np.empty) -> Array:
+    """An array of a's shape and order of axes in memory, but for the size of its last axis."""
+    shape, axes = memory_of(a, columns)
+    made = make(shape, a.dtype)
+    return made if axes is None else made.transpose(axes)
 
 
 def _as_given(a: Array, packed: bool) -> Array:
@@ -125,7 +133,7 @@ def _as_kernel(a: Array | None, packed: bool) -> Array | None:
 
 def forward(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Array, Array]:
     """o (B, NH, L, DV) in q's order of axes and lse (B, NH, L); packed (TQ, NH, DV), (TQ, NH)."""
-    plan, call = _call(op, q, k, v, given)
+    plan, call = prepare(op, q, k, v, given)
     padded = given.q_lengths is not None
     call.o = like(call.q, call.sizes[4], np.zeros if padded else np.empty)
     call.lse = np.full(plan.lse, -np.inf, q.dtype) if padded else np.empty(plan.lse, q.dtype)
@@ -150,7 +158,7 @@ def backward(
 
     do and dlse may be None (zeros), but for the shape of o and lse, which is checked.
     """
-    plan, call = _call(op, q, k, v, given)
+    plan, call = prepare(op, q, k, v, given)
     for name, value, output in (("do", do, o), ("dlse", dlse, lse)):
         if value is not None:
             letters = ("TQ, NH" if given.packed else "B, NH, L") + ", DV" * (name == "do")

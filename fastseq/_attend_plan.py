@@ -37,7 +37,7 @@ class Plan:
 
 
 def plan_for(op: str, packed: bool, q, k, v, *numbers) -> Plan:
-    """The plan for these arguments, which are checked; numbers: causal, scale, softcap, dropout_p."""
+    """The plan for these, which are checked; numbers: causal, scale, softcap, dropout_p."""
     sign = _check.signature
     signatures = sign(q), sign(k), sign(v)
     try:

@@ -9,11 +9,12 @@ or for CUDA tensors in `attention_cuda`.
 from functools import partial
 
 import torch
-from torch import _C
+from torch import _C, from_numpy
 from torch.autograd import Function
 
 from fastseq import _attend
 from fastseq._attend import Options
+from fastseq._attend_plain import plain
 from fastseq.score_mods import SCORE_MODS
 from fastseq.torch import attention_cuda
 from fastseq.torch._tensors import (
@@ -105,8 +106,40 @@ def _forward(op, inputs, numbers):
     """The kernels on tensors: o, lse."""
     if on_gpu(inputs[0]):
         return attention_cuda.forward(op, _by_name(op, inputs), numbers)
-    q, k, v = map(array, inputs[:3])
-    return tuple(map(tensor_of, _attend.forward(op, q, k, v, _options(op, inputs[3:], numbers))))
+    found = _forward_plain(inputs, numbers) if op == "attention" else None
+    if found is None:
+        q, k, v = map(array, inputs[:3])
+        found = _attend.forward(op, q, k, v, _options(op, inputs[3:], numbers))
+    o, lse = found
+    return from_numpy(o), from_numpy(lse)
+
+
+def _forward_plain(inputs, numbers):
+    """Of q, k, v and at most kv_lengths, in half the time of a small call; or None."""
+    q, k, v, bias, mask, q_lengths, kv_lengths, slopes, _ = inputs
+    causal, *others, dropout_p, score_mod = numbers
+    if dropout_p or not bias is mask is q_lengths is slopes is score_mod is None:
+        return None
+    if not (q.dtype is k.dtype is v.dtype and q.is_cpu and k.is_cpu and v.is_cpu):
+        return None
+    layouts = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride())
+    try:
+        call = plain(FLOATS[q.dtype], causal or False, *others, *layouts)
+    except TypeError:  # also for what cannot be remembered
+        return None
+    if call is None or not (kv_lengths is None or _fit(kv_lengths, call)):
+        return None
+    at = [t.data_ptr() for t in (q, k, v)]
+    if not all(at) or q.is_neg() or k.is_neg() or v.is_neg():  # nothing there, or not as it is
+        return None
+    return call.forward(*at, 0 if kv_lengths is None else kv_lengths.data_ptr())
+
+
+def _fit(lengths, call):
+    """Whether the kernels may read them as they are."""
+    if not (lengths.dtype is torch.int64 and lengths.is_cpu and lengths.shape == (call.B,)):
+        return False
+    return lengths.is_contiguous() and all(0 <= n <= call.S for n in lengths.tolist())
 
 
 def _backward(op, inputs, results, numbers, needs_bias):

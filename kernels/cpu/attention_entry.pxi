@@ -149,21 +149,18 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     return posix_memalign(<void **>&call.packed, 64, max(reals, 1) * sizeof(real)) == 0
 
 
-cdef int run(object arrays, int threads, bint backward) except -1:
-    cdef Call call
+cdef int run(Call *call, int threads) except -1:
     cdef bint failed
-    memset(&call, 0, sizeof(Call))
-    call.p, call.backward = problem_of(arrays), backward
     if call.p.B == 0 or call.p.NH == 0:
         return 0
     with nogil:
         threads = useful_threads(&call.p, threads) if gomp.parallel != NULL else 1
-        failed = not allocate(&call, threads)
+        failed = not allocate(call, threads)
         if not failed:
             if threads == 1:
-                run_member(&call, 0, 1)
+                run_member(call, 0, 1)
             else:
-                gomp.parallel(team_member, &call, threads, 0)
+                gomp.parallel(team_member, call, threads, 0)
         failed = failed or call.failed
         free(call.barrier)
         free(call.packed)
@@ -174,14 +171,41 @@ cdef int run(object arrays, int threads, bint backward) except -1:
     return 0
 
 
+cdef int run_arrays(object arrays, int threads, bint backward) except -1:
+    cdef Call call
+    memset(&call, 0, sizeof(Call))
+    call.p, call.backward = problem_of(arrays), backward
+    return run(&call, threads)
+
+
 def forward(arrays, int threads):
     """Fill o and lse of a `contract.Attention`. `threads` is the most to use."""
-    run(arrays, threads, False)
+    run_arrays(arrays, threads, False)
 
 
 def backward(arrays, int threads):
     """Fill dq, dk and dv, and add to dbias, from o, lse, do and dlse."""
-    run(arrays, threads, True)
+    run_arrays(arrays, threads, True)
+
+
+cdef class Prepared:
+    """A `contract.Attention` but for its addresses, for many calls of arrays of the same layouts."""
+    cdef Problem p
+    cdef object arrays              # they own the lengths
+
+    def __init__(self, arrays):
+        self.p, self.arrays = problem_of(arrays), arrays
+
+    def forward(self, size_t q, size_t k, size_t v, o, lse, size_t kv_lengths, int threads):
+        """Fill the arrays o and lse; kv_lengths 0: those of the arrays."""
+        cdef Call call
+        memset(&call, 0, sizeof(Call))
+        call.p = self.p
+        call.p.q.data, call.p.k.data, call.p.v.data = <real *>q, <real *>k, <real *>v
+        call.p.o.data, call.p.lse.data = view(o).data, view(lse).data
+        if kv_lengths:
+            call.p.kv_len = <int64_t *>kv_lengths
+        run(&call, threads)
 
 
 def score_layout():
