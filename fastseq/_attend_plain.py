@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from fastseq import _attend, _dispatch
-from fastseq._attend import Array, Options
+from fastseq._attend import Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Plain:
     axes: tuple[int, ...] | None  # that transpose it; None: as it is
     lse: tuple[int, int, int]  # B, NH, L
 
-    def forward(self, q: int, k: int, v: int, kv_lengths: int = 0) -> tuple[Array, Array]:
-        """o (B, NH, L, DV) and lse (B, NH, L); kv_lengths: of (B,) int64 in 0..S, or 0: all S."""
-        o, lse = np.empty(self.o, self.dtype), np.empty(self.lse, self.dtype)
+    def forward(self, q: int, k: int, v: int, kv_lengths: int = 0, with_lse: bool = True) -> tuple:
+        """o (B, NH, L, DV), lse (B, NH, L) or None; kv_lengths: of (B,) int64 in 0..S, 0: all."""
+        o, lse = np.empty(self.o, self.dtype), np.empty(self.lse, self.dtype) if with_lse else None
         self.prepared.forward(q, k, v, o, lse, kv_lengths, _dispatch.get_num_threads())
         return o if self.axes is None else o.transpose(self.axes), lse
 

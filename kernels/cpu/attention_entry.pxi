@@ -197,7 +197,7 @@ cdef class Prepared:
         self.p, self.arrays = problem_of(arrays), arrays
 
     def forward(self, size_t q, size_t k, size_t v, o, lse, size_t kv_lengths, int threads):
-        """Fill the arrays o and lse; kv_lengths 0: those of the arrays."""
+        """Fill the arrays o and lse, which may be None; kv_lengths 0: those of the arrays."""
         cdef Call call
         memset(&call, 0, sizeof(Call))
         call.p = self.p

@@ -88,7 +88,7 @@ class Attention:
     k: Any  # (B, NK, S, D)
     v: Any  # (B, NK, S, DV)
     o: Any  # (B, NH, L, DV); forward writes, backward reads
-    lse: Any  # (B, NH, L)
+    lse: Any  # (B, NH, L); forward: None where not wanted
     q_lengths: Any  # (B,) int64
     kv_lengths: Any  # (B,) int64
     q_first: Any  # (B,) int64: where each sequence's packed rows start; None: padded
