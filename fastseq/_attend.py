@@ -67,6 +67,11 @@ def _slopes(op: str, value, B: int, NH: int, dtype) -> Array | None:
     return np.broadcast_to(elements(value), (B, NH))
 
 
+def _lengths(op: str, name: str, value, most: tuple[str, int], default: Array) -> Array:
+    found = _check.counts(op, name, value, ("B", len(default)), most)
+    return default if found is None else found
+
+
 def prepare(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Plan, Attention]:
     """Checked arguments as the kernels take them, without outputs."""
     if op == "attention_varlen" and not given.packed:
@@ -83,11 +88,9 @@ def prepare(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Plan
         B = len(q_lengths)
         q, k, v = (a.transpose(1, 0, 2)[None] for a in (q, k, v))
     else:
-        q_lengths, k_lengths = plan.all_queries, plan.all_keys
-        if given.q_lengths is not None:
-            q_lengths = _check.counts(op, "q_lengths", given.q_lengths, ("B", B), ("L", L))
-        if given.kv_lengths is not None:
-            k_lengths = _check.counts(op, "kv_lengths", given.kv_lengths, ("B", B), ("S", S))
+        q_most, k_most = ("L", L), ("S", S)
+        q_lengths = _lengths(op, "q_lengths", given.q_lengths, q_most, plan.all_queries)
+        k_lengths = _lengths(op, "kv_lengths", given.kv_lengths, k_most, plan.all_keys)
     score_mod = score_mods.found(op, given.score_mod)
     # by place, which takes half the time of by name
     return plan, Attention(

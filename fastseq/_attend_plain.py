@@ -8,32 +8,56 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from fastseq import _attend, _dispatch
-from fastseq._attend import Options
+from fastseq._attend import Array, Options
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """How an array stands in memory."""
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...] | None  # that transpose it to (B, heads, rows, columns); None: it is that
+
+    def seen(self, a: Array) -> Array:
+        """An array of this shape as (B, heads, rows, columns)."""
+        return a if self.axes is None else a.transpose(self.axes)
+
+    def blank(self, dtype: np.dtype) -> Array:
+        return self.seen(_blank(dtype, self.shape))
 
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """A call but for its addresses."""
+    """A call but for its addresses: of q, k, v, and of lengths (B,) int64 in 0..S, or 0: all S."""
 
     prepared: Any  # of the kernels
     dtype: np.dtype
     B: int
     S: int
-    o: tuple[int, ...]  # its shape in memory
-    axes: tuple[int, ...] | None  # that transpose it; None: as it is
+    o: Memory
+    steps: tuple[int, ...]  # of o: its strides in elements
     lse: tuple[int, int, int]  # B, NH, L
+    gradients: tuple[Memory, ...]  # of q, k, v
 
-    def forward(self, q: int, k: int, v: int, kv_lengths: int = 0, with_lse: bool = True) -> tuple:
-        """o (B, NH, L, DV), lse (B, NH, L) or None; kv_lengths: of (B,) int64 in 0..S, 0: all."""
-        o, lse = np.empty(self.o, self.dtype), np.empty(self.lse, self.dtype) if with_lse else None
-        self.prepared.forward(q, k, v, o, lse, kv_lengths, _dispatch.get_num_threads())
-        return o if self.axes is None else o.transpose(self.axes), lse
+    def forward(self, at: tuple[int, int, int, int], with_lse: bool = True) -> tuple:
+        """o (B, NH, L, DV) and lse (B, NH, L), or None."""
+        o = np.empty(self.o.shape, self.dtype)
+        lse = np.empty(self.lse, self.dtype) if with_lse else None
+        self.prepared.forward(*at, o, lse, _dispatch.get_num_threads())
+        return self.o.seen(o), lse
+
+    def backward(self, at: tuple[int, int, int, int], *results: int) -> list[Array]:
+        """dq, dk, dv from the addresses of o, lse and do, which have forward's layouts."""
+        grads = [np.zeros(memory.shape, self.dtype) for memory in self.gradients]
+        self.prepared.backward(*at, *results, *grads, _dispatch.get_num_threads())
+        return [memory.seen(a) for memory, a in zip(self.gradients, grads, strict=True)]
 
 
 @lru_cache(maxsize=1024, typed=True)  # a window may have a side of 1, but not of 1.0
@@ -53,14 +77,21 @@ def plain(
     shapes, strides = layouts[::2], layouts[1::2]
     if any(steps[-1:] != (1,) for steps in strides):
         return None
-    memory = np.empty(1, dtype)
-    q, k, v = (
-        as_strided(memory, shape, [n * dtype.itemsize for n in steps])
-        for shape, steps in zip(shapes, strides, strict=True)
-    )
+    q, k, v = (_blank(dtype, *layout) for layout in zip(shapes, strides, strict=True))
     given = Options(causal=causal, window=(left, right), scale=scale, softcap=softcap)
     plan, call = _attend.prepare("attention", q, k, v, given)
-    o, lse = _attend.like(q, v.shape[-1]), np.empty(plan.lse, dtype)
-    call.o, call.lse = (as_strided(memory, a.shape, a.strides) for a in (o, lse))
-    prepared, (B, _, _, S) = plan.kernels.Prepared(call), plan.scores
-    return Plain(prepared, dtype, B, S, *_attend.memory_of(q, v.shape[-1]), plan.lse)
+    (B, _, _, S), (_, _, D, DV) = plan.scores, plan.heads
+    wanted = ((q, DV), (q, D), (k, D), (v, DV))
+    o, *gradients = (Memory(*_attend.memory_of(a, columns)) for a, columns in wanted)
+    call.o = call.do = o.blank(dtype)
+    call.lse = _blank(dtype, plan.lse)
+    call.dq, call.dk, call.dv = (memory.blank(dtype) for memory in gradients)
+    steps = tuple(n // dtype.itemsize for n in call.o.strides)
+    return Plain(plan.kernels.Prepared(call), dtype, B, S, o, steps, plan.lse, tuple(gradients))
+
+
+def _blank(dtype: np.dtype, shape: tuple[int, ...], steps: tuple[int, ...] | None = None) -> Array:
+    """An array to be asked for its layout alone; steps: strides in elements, None: in C order."""
+    if steps is None:
+        steps = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return as_strided(np.empty(1, dtype), shape, [n * dtype.itemsize for n in steps])

@@ -38,8 +38,8 @@ class Plan:
 
 def plan_for(op: str, packed: bool, q, k, v, *numbers) -> Plan:
     """The plan for these, which are checked; numbers: causal, scale, softcap, dropout_p."""
-    sign = _check.signature
-    signatures = sign(q), sign(k), sign(v)
+    sign, nothing = _check.signature, _check.NOTHING
+    signatures = sign(q) or nothing, sign(k) or nothing, sign(v) or nothing
     try:
         return _checked(op, packed, *signatures, *numbers)
     except TypeError:  # also for what cannot be remembered
@@ -51,9 +51,9 @@ def plan_for(op: str, packed: bool, q, k, v, *numbers) -> Plan:
 def _checked(
     op: str,
     packed: bool,
-    q: _check.Signature | None,
-    k: _check.Signature | None,
-    v: _check.Signature | None,
+    q: _check.Signature,
+    k: _check.Signature,
+    v: _check.Signature,
     causal: Any,
     scale: Any,
     softcap: Any,
@@ -64,7 +64,7 @@ def _checked(
     for name, sign in (("q", q), ("k", k), ("v", v)):
         _check.floats(op, name, sign, dtype, like="q")
         dtype = q[1]
-    shapes = q[0], k[0], v[0]
+    shapes = [sign[0] for sign in (q, k, v)]
     check_shapes(op, packed, *shapes)
     if not isinstance(causal, bool | np.bool_ | str) or causal not in CAUSAL:
         expected = "a bool, 'top_left' or 'bottom_right'"

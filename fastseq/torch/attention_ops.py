@@ -9,14 +9,13 @@ or for CUDA tensors in `attention_cuda`.
 from functools import partial
 
 import torch
-from torch import _C, Tensor, from_numpy
+from torch import _C, from_numpy
 from torch.autograd import Function
 
 from fastseq import _attend
 from fastseq._attend import Options
-from fastseq._attend_plain import plain
 from fastseq.score_mods import SCORE_MODS
-from fastseq.torch import attention_cuda
+from fastseq.torch import attention_cuda, attention_plain
 from fastseq.torch._tensors import (
     FLOATS,
     OnceDifferentiable,
@@ -82,24 +81,6 @@ def run(op, q, k, v, tensors, numbers):
     return _forward(op, inputs, numbers)
 
 
-def infer(q, k, v, kv_lengths, causal, window, scale, softcap):
-    """o of `run`, in two thirds of its time for a small call; None: `run` has to be asked.
-
-    For tensors on the CPU, without gradients, where nothing listens.
-    """
-    tensors = (q, k, v, kv_lengths)
-    if not type(q) is type(k) is type(v) is Tensor or q.dtype not in FLOATS:
-        return None
-    if heard(tensors) or differentiated(tensors) or _C._autograd._profiler_enabled():
-        return None
-    if window is not None and (type(window) is not tuple or len(window) != 2):
-        return None
-    left, right = window or (None, None)
-    numbers = (causal, left, right, scale, softcap)
-    found = _plain(q, k, v, kv_lengths, *numbers, with_lse=False)
-    return None if found is None else from_numpy(found[0])
-
-
 def _options(op, tensors, numbers):
     causal, left, right, scale, softcap, dropout_p, score_mod = numbers
     given = Options(
@@ -124,7 +105,7 @@ def _forward(op, inputs, numbers):
     """The kernels on tensors: o, lse."""
     if on_gpu(inputs[0]):
         return attention_cuda.forward(op, _by_name(op, inputs), numbers)
-    found = _forward_plain(inputs, numbers) if op == "attention" else None
+    found = attention_plain.forward(inputs, numbers) if op == "attention" else None
     if found is None:
         q, k, v = map(array, inputs[:3])
         found = _attend.forward(op, q, k, v, _options(op, inputs[3:], numbers))
@@ -132,48 +113,14 @@ def _forward(op, inputs, numbers):
     return from_numpy(o), from_numpy(lse)
 
 
-def _forward_plain(inputs, numbers):
-    """Where q, k, v and at most kv_lengths are given, in half the time of a small call; or None."""
-    q, k, v, bias, mask, q_lengths, kv_lengths, slopes, _ = inputs
-    causal, left, right, scale, softcap, dropout_p, score_mod = numbers
-    if dropout_p or not bias is mask is q_lengths is slopes is score_mod is None:
-        return None
-    return _plain(q, k, v, kv_lengths, causal or False, left, right, scale, softcap)
-
-
-def _plain(q, k, v, kv_lengths, *numbers, with_lse=True):
-    """o and lse as arrays, by addresses; None: the arrays have to be looked at."""
-    if not (q.dtype is k.dtype is v.dtype and q.is_cpu and k.is_cpu and v.is_cpu):
-        return None
-    layouts = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride())
-    try:
-        call = plain(FLOATS[q.dtype], *numbers, *layouts)
-    except TypeError:  # also for what cannot be remembered
-        return None
-    if call is None or q.is_neg() or k.is_neg() or v.is_neg():
-        return None
-    at = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    if not all(at):  # nothing there
-        return None
-    if kv_lengths is None:
-        return call.forward(*at, with_lse=with_lse)
-    fit = _fit(kv_lengths, call)
-    return call.forward(*at, kv_lengths.data_ptr(), with_lse) if fit else None
-
-
-def _fit(lengths, call):
-    """Whether the kernels may read them as they are."""
-    if not (lengths.dtype is torch.int64 and lengths.is_cpu and lengths.shape == (call.B,)):
-        return False
-    found = lengths.tolist()
-    return lengths.is_contiguous() and min(found) >= 0 and max(found) <= call.S
-
-
 def _backward(op, inputs, results, numbers, needs_bias):
     """The kernels on tensors: dq, dk, dv, dbias or None; results: o, lse, do, dlse."""
     if on_gpu(inputs[0]):
         named = _by_name(op, inputs)
         return attention_cuda.backward(op, named, numbers, *results, needs_bias=needs_bias)
+    found = attention_plain.backward(inputs, results, numbers) if op == "attention" else None
+    if found is not None:
+        return *map(from_numpy, found), None
     q, k, v = map(array, inputs[:3])
     options = _options(op, inputs[3:], numbers)
     grads = _attend.backward(op, q, k, v, options, *map(array, results), needs_bias=needs_bias)

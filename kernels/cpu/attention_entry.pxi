@@ -189,22 +189,35 @@ def backward(arrays, int threads):
 
 
 cdef class Prepared:
-    """A `contract.Attention` but for its addresses, for many calls of arrays of the same layouts."""
+    """A `contract.Attention` but for its addresses, for many calls on arrays of the same layouts."""
     cdef Problem p
     cdef object arrays              # they own the lengths
 
     def __init__(self, arrays):
         self.p, self.arrays = problem_of(arrays), arrays
 
-    def forward(self, size_t q, size_t k, size_t v, o, lse, size_t kv_lengths, int threads):
-        """Fill the arrays o and lse, which may be None; kv_lengths 0: those of the arrays."""
+    cdef Call call(self, size_t q, size_t k, size_t v, size_t kv_lengths):
         cdef Call call
         memset(&call, 0, sizeof(Call))
         call.p = self.p
         call.p.q.data, call.p.k.data, call.p.v.data = <real *>q, <real *>k, <real *>v
-        call.p.o.data, call.p.lse.data = view(o).data, view(lse).data
         if kv_lengths:
             call.p.kv_len = <int64_t *>kv_lengths
+        return call
+
+    def forward(self, size_t q, size_t k, size_t v, size_t kv_lengths, o, lse, int threads):
+        """Fill the arrays o and lse, which may be None; kv_lengths 0: those of the arrays."""
+        cdef Call call = self.call(q, k, v, kv_lengths)
+        call.p.o.data, call.p.lse.data = view(o).data, view(lse).data
+        run(&call, threads)
+
+    def backward(self, size_t q, size_t k, size_t v, size_t kv_lengths, size_t o, size_t lse, size_t do, dq, dk, dv,
+                 int threads):
+        """Fill the arrays dq, dk and dv, which hold zeros."""
+        cdef Call call = self.call(q, k, v, kv_lengths)
+        call.backward = True
+        call.p.o.data, call.p.lse.data, call.p.d_o.data = <real *>o, <real *>lse, <real *>do
+        call.p.dq.data, call.p.dk.data, call.p.dv.data = view(dq).data, view(dk).data, view(dv).data
         run(&call, threads)
 
 
