@@ -1,8 +1,8 @@
 """Softmax attention over NumPy arrays: allocation and kernels.
 
-The one path from both APIs to the kernels; `_attend_plan` checks what shapes, dtypes and numbers
-decide. `Options` are the arguments beside q, k, v as the public
-functions take them; `op` is the public name, for errors.
+The path from both APIs to the kernels; `_attend_plan` checks what shapes, dtypes and numbers decide.
+`Options` are the arguments beside q, k, v as the public functions take them; `op` is the public
+name, for errors.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastseq._attend_plan import Plan, plan_for, seed, window
 from fastseq.kernels.cpu.contract import Attention
 
 Array = np.ndarray
+Shape = tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -72,12 +73,14 @@ def _lengths(op: str, name: str, value, most: tuple[str, int], default: Array) -
     return default if found is None else found
 
 
-def prepare(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Plan, Attention]:
+def _call(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Plan, Attention]:
     """Checked arguments as the kernels take them, without outputs."""
     if op == "attention_varlen" and not given.packed:
         raise TypeError(f"{op}: cu_seqlens_q must be integers, got NoneType")
-    packed, dropout_p = given.packed, given.dropout_p
-    plan = plan_for(op, packed, q, k, v, given.causal, given.scale, given.softcap, dropout_p)
+    sign, nothing, packed = _check.signature, _check.NOTHING, given.packed
+    signatures = sign(q) or nothing, sign(k) or nothing, sign(v) or nothing
+    numbers = given.causal, given.scale, given.softcap, given.dropout_p
+    plan = plan_for(op, packed, *signatures, *numbers)
     B, NH, L, S = plan.scores
     q_first = k_first = None
     if packed:
@@ -102,27 +105,26 @@ def prepare(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Plan
         _slopes(op, given.alibi_slopes, B, NH, q.dtype),
         _pairs(op, "mask", given.mask, (B, NH, L, S), np.bool_),
         _pairs(op, "bias", given.bias, (B, NH, L, S), q.dtype),
-        seed(op, dropout_p, given.seed), plan.threshold, plan.keep_scale,
+        seed(op, given.dropout_p, given.seed), plan.threshold, plan.keep_scale,
         None if score_mod is None else score_mod.compiled(q.dtype),
     )  # fmt: skip
 
 
-def memory_of(a: Array, columns: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """The shape in memory of what follows a's order of axes, the last one of `columns`, and the
-    transposition that makes it a's shape; None: none."""
-    if a.flags.c_contiguous:
-        return (*a.shape[:-1], columns), None
-    axes = range(a.ndim - 1)
-    order = sorted(axes, key=lambda axis: -abs(a.strides[axis]))
-    shape = (*(a.shape[axis] for axis in order), columns)
-    return shape, (*(order.index(axis) for axis in axes), a.ndim - 1)
+def memory_of(shape: Shape, strides: Shape, columns: int) -> tuple[Shape, Shape]:
+    """The shape in memory of an array that follows the order of axes of these strides, its last
+    axis of `columns`, and the transposition that makes it `shape` but for that axis."""
+    axes = range(len(shape) - 1)
+    order = sorted(axes, key=lambda axis: -abs(strides[axis]))
+    made = (*(shape[axis] for axis in order), columns)
+    return made, (*(order.index(axis) for axis in axes), len(shape) - 1)
 
 
 def like(a: Array, columns: int, make: Callable[..., Array] = np.empty) -> Array:
     """An array of a's shape and order of axes in memory, but for the size of its last axis."""
-    shape, axes = memory_of(a, columns)
-    made = make(shape, a.dtype)
-    return made if axes is None else made.transpose(axes)
+    if a.flags.c_contiguous:
+        return make((*a.shape[:-1], columns), a.dtype)
+    shape, axes = memory_of(a.shape, a.strides, columns)
+    return make(shape, a.dtype).transpose(axes)
 
 
 def _as_given(a: Array, packed: bool) -> Array:
@@ -136,7 +138,7 @@ def _as_kernel(a: Array | None, packed: bool) -> Array | None:
 
 def forward(op: str, q: Array, k: Array, v: Array, given: Options) -> tuple[Array, Array]:
     """o (B, NH, L, DV) in q's order of axes and lse (B, NH, L); packed (TQ, NH, DV), (TQ, NH)."""
-    plan, call = prepare(op, q, k, v, given)
+    plan, call = _call(op, q, k, v, given)
     padded = given.q_lengths is not None
     call.o = like(call.q, call.sizes[4], np.zeros if padded else np.empty)
     call.lse = np.full(plan.lse, -np.inf, q.dtype) if padded else np.empty(plan.lse, q.dtype)
@@ -161,7 +163,7 @@ def backward(
 
     do and dlse may be None (zeros), but for the shape of o and lse, which is checked.
     """
-    plan, call = prepare(op, q, k, v, given)
+    plan, call = _call(op, q, k, v, given)
     for name, value, output in (("do", do, o), ("dlse", dlse, lse)):
         if value is not None:
             letters = ("TQ, NH" if given.packed else "B, NH, L") + ", DV" * (name == "do")

@@ -1,36 +1,49 @@
 """Attention of q, k, v alone, and lengths of keys, by address: for small calls over tensors.
 
-Layouts and numbers are taken once down the path of all calls, on arrays without contents, and what
-they decide is remembered: the addresses alone are left to a call.
+All but the addresses follows from layouts and numbers; it is made once for them and remembered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
-from fastseq import _attend, _dispatch
-from fastseq._attend import Array, Options
+from fastseq import _dispatch
+from fastseq._attend import Array, Shape, memory_of
+from fastseq._attend_plan import plan_for, window
+from fastseq.kernels.cpu.contract import Attention
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """How an array stands in memory."""
+    """How an array stands in memory, in C order."""
 
-    shape: tuple[int, ...]
-    axes: tuple[int, ...] | None  # that transpose it to (B, heads, rows, columns); None: it is that
+    shape: Shape
+    axes: Shape | None  # that transpose it to (B, heads, rows, columns); None: it is that
+    steps: Shape  # strides in elements, transposed
 
-    def seen(self, a: Array) -> Array:
-        """An array of this shape as (B, heads, rows, columns)."""
+    def make(self, dtype: np.dtype, new: Callable[..., Array] = np.empty) -> Array:
+        a = new(self.shape, dtype)
         return a if self.axes is None else a.transpose(self.axes)
 
-    def blank(self, dtype: np.dtype) -> Array:
-        return self.seen(_blank(dtype, self.shape))
+
+@lru_cache(maxsize=1024)
+def like(shape: Shape, strides: Shape, columns: int) -> Memory:
+    """What follows the order of axes of these strides, of `columns` in its last axis."""
+    made, axes = memory_of(shape, strides, columns)
+    steps = _steps(made)
+    in_order = axes == tuple(range(len(axes)))
+    return Memory(made, None if in_order else axes, tuple(steps[axis] for axis in axes))
+
+
+def _steps(shape: Shape) -> Shape:
+    """Strides in elements of C order."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +52,25 @@ class Plain:
 
     prepared: Any  # of the kernels
     dtype: np.dtype
+    layouts: tuple[tuple[Shape, Shape], ...]  # shape, and strides in elements, of q, k, v
     B: int
     S: int
     o: Memory
-    steps: tuple[int, ...]  # of o: its strides in elements
     lse: tuple[int, int, int]  # B, NH, L
-    gradients: tuple[Memory, ...]  # of q, k, v
 
     def forward(self, at: tuple[int, int, int, int], with_lse: bool = True) -> tuple:
         """o (B, NH, L, DV) and lse (B, NH, L), or None."""
-        o = np.empty(self.o.shape, self.dtype)
+        o = self.o.make(self.dtype)
         lse = np.empty(self.lse, self.dtype) if with_lse else None
         self.prepared.forward(*at, o, lse, _dispatch.get_num_threads())
-        return self.o.seen(o), lse
+        return o, lse
 
     def backward(self, at: tuple[int, int, int, int], *results: int) -> list[Array]:
         """dq, dk, dv from the addresses of o, lse and do, which have forward's layouts."""
-        grads = [np.zeros(memory.shape, self.dtype) for memory in self.gradients]
+        memory = [like(shape, steps, shape[3]) for shape, steps in self.layouts]
+        grads = [each.make(self.dtype, np.zeros) for each in memory]
         self.prepared.backward(*at, *results, *grads, _dispatch.get_num_threads())
-        return [memory.seen(a) for memory, a in zip(self.gradients, grads, strict=True)]
+        return grads
 
 
 @lru_cache(maxsize=1024, typed=True)  # a window may have a side of 1, but not of 1.0
@@ -68,7 +81,7 @@ def plain(
     right: int | None,
     scale: float | None,
     softcap: float | None,
-    *layouts: tuple[int, ...],
+    *layouts: Shape,
 ) -> Plain | None:
     """The call for these layouts, which are checked; None where an array has to be copied.
 
@@ -77,21 +90,15 @@ def plain(
     shapes, strides = layouts[::2], layouts[1::2]
     if any(steps[-1:] != (1,) for steps in strides):
         return None
-    q, k, v = (_blank(dtype, *layout) for layout in zip(shapes, strides, strict=True))
-    given = Options(causal=causal, window=(left, right), scale=scale, softcap=softcap)
-    plan, call = _attend.prepare("attention", q, k, v, given)
-    (B, _, _, S), (_, _, D, DV) = plan.scores, plan.heads
-    wanted = ((q, DV), (q, D), (k, D), (v, DV))
-    o, *gradients = (Memory(*_attend.memory_of(a, columns)) for a, columns in wanted)
-    call.o = call.do = o.blank(dtype)
-    call.lse = _blank(dtype, plan.lse)
-    call.dq, call.dk, call.dv = (memory.blank(dtype) for memory in gradients)
-    steps = tuple(n // dtype.itemsize for n in call.o.strides)
-    return Plain(plan.kernels.Prepared(call), dtype, B, S, o, steps, plan.lse, tuple(gradients))
-
-
-def _blank(dtype: np.dtype, shape: tuple[int, ...], steps: tuple[int, ...] | None = None) -> Array:
-    """An array to be asked for its layout alone; steps: strides in elements, None: in C order."""
-    if steps is None:
-        steps = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return as_strided(np.empty(1, dtype), shape, [n * dtype.itemsize for n in steps])
+    signatures = [(shape, dtype) for shape in shapes]
+    plan = plan_for("attention", False, *signatures, causal, scale, softcap, 0.0)
+    (B, _, _, S), DV = plan.scores, plan.heads[3]
+    o = like(shapes[0], strides[0], DV)
+    call = Attention(
+        (B, *plan.heads), *strides, o.steps, _steps(plan.lse),
+        plan.all_queries, plan.all_keys, None, None,
+        plan.causal, *window("attention", (left, right)), plan.scale, plan.softcap,
+        None, None, None, 0, plan.threshold, plan.keep_scale, do=o.steps,
+    )  # fmt: skip
+    prepared = plan.kernels.Prepared(call)
+    return Plain(prepared, dtype, tuple(zip(shapes, strides, strict=True)), B, S, o, plan.lse)

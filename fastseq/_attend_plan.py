@@ -36,15 +36,13 @@ class Plan:
     keep_scale: float
 
 
-def plan_for(op: str, packed: bool, q, k, v, *numbers) -> Plan:
-    """The plan for these, which are checked; numbers: causal, scale, softcap, dropout_p."""
-    sign, nothing = _check.signature, _check.NOTHING
-    signatures = sign(q) or nothing, sign(k) or nothing, sign(v) or nothing
+def plan_for(op: str, packed: bool, *given) -> Plan:
+    """The plan for signatures of q, k, v and for causal, scale, softcap, dropout_p, all checked."""
     try:
-        return _checked(op, packed, *signatures, *numbers)
+        return _checked(op, packed, *given)
     except TypeError:  # also for what cannot be remembered
         pass
-    return _checked.__wrapped__(op, packed, *signatures, *numbers)
+    return _checked.__wrapped__(op, packed, *given)
 
 
 @lru_cache(maxsize=1024, typed=True)  # causal may be True, but not 1

@@ -84,7 +84,7 @@ def attention(
     """
     op = "attention"
     alone = bias is mask is q_lengths is alibi_slopes is score_mod is None
-    if alone and not (dropout_p or return_lse):
+    if alone and dropout_p == 0 and not return_lse:
         o = infer(q, k, v, kv_lengths, causal, window, scale, softcap)
         if o is not None:
             return o

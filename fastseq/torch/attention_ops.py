@@ -3,7 +3,7 @@
 The two differ in their tensors beside q, k, v (`TENSORS`); the numbers after them are the same
 (`NUMBERS`). `run` is what functions and modules call; as in `ops`, it goes past the dispatcher
 where nothing listens. Both ways end in `fastseq._attend`, the entry point of the NumPy functions,
-or for CUDA tensors in `attention_cuda`.
+for calls of q, k and v alone in `attention_plain`, or for CUDA tensors in `attention_cuda`.
 """
 
 from functools import partial

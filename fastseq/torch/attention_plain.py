@@ -20,6 +20,8 @@ def infer(q, k, v, kv_lengths, causal, window, scale, softcap):
         return None
     if heard(tensors) or differentiated(tensors) or _C._autograd._profiler_enabled():
         return None
+    if type(causal) not in (bool, str):
+        return None
     if window is not None and (type(window) is not tuple or len(window) != 2):
         return None
     left, right = window or (None, None)
@@ -49,7 +51,7 @@ def backward(inputs, results, numbers):
     call, at = found
     tensors, shape = (o, lse, do), (*call.lse, inputs[2].shape[3])
     alike = all(t.dtype is inputs[0].dtype and t.is_cpu and not t.is_neg() for t in tensors)
-    in_place = o.stride() == do.stride() == call.steps and lse.is_contiguous()
+    in_place = o.stride() == do.stride() == call.o.steps and lse.is_contiguous()
     if not (alike and in_place and o.shape == do.shape == shape and lse.shape == call.lse):
         return None
     return call.backward(at, o.data_ptr(), lse.data_ptr(), do.data_ptr())
@@ -59,7 +61,7 @@ def _of_operator(inputs, numbers):
     """The call and its addresses, where no other tensor is given."""
     q, k, v, bias, mask, q_lengths, kv_lengths, slopes, _ = inputs
     causal, left, right, scale, softcap, dropout_p, score_mod = numbers
-    if dropout_p or not bias is mask is q_lengths is slopes is score_mod is None:
+    if dropout_p != 0 or not bias is mask is q_lengths is slopes is score_mod is None:
         return None
     return _addressed(q, k, v, kv_lengths, causal or False, left, right, scale, softcap)
 

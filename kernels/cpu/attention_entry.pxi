@@ -5,8 +5,12 @@ cdef enum:
 
 
 cdef Heads heads_of(object array, bint packed) except *:
-    """(B, heads, positions, columns) with consecutive columns; a sequence of packed rows starts at its first row."""
+    """(B, heads, positions, columns) with consecutive columns; a sequence of packed rows starts at its first row. Of a
+    tuple, strides: the address is NULL."""
     cdef Heads x
+    if isinstance(array, tuple):
+        x.data, x.b, x.h, x.i = NULL, array[0], array[1], array[2]
+        return x
     cdef View v = view(array)
     x.data, x.b, x.h, x.i = v.data, 0 if packed else v.stride[0], v.stride[1], v.stride[2]
     return x
@@ -189,7 +193,7 @@ def backward(arrays, int threads):
 
 
 cdef class Prepared:
-    """A `contract.Attention` but for its addresses, for many calls on arrays of the same layouts."""
+    """A `contract.Attention` of strides, for many calls that give the addresses."""
     cdef Problem p
     cdef object arrays              # they own the lengths
 
@@ -208,7 +212,7 @@ cdef class Prepared:
     def forward(self, size_t q, size_t k, size_t v, size_t kv_lengths, o, lse, int threads):
         """Fill the arrays o and lse, which may be None; kv_lengths 0: those of the arrays."""
         cdef Call call = self.call(q, k, v, kv_lengths)
-        call.p.o.data, call.p.lse.data = view(o).data, view(lse).data
+        call.p.o, call.p.lse = heads_of(o, False), heads_of(lse, False)
         run(&call, threads)
 
     def backward(self, size_t q, size_t k, size_t v, size_t kv_lengths, size_t o, size_t lse, size_t do, dq, dk, dv,
@@ -217,7 +221,7 @@ cdef class Prepared:
         cdef Call call = self.call(q, k, v, kv_lengths)
         call.backward = True
         call.p.o.data, call.p.lse.data, call.p.d_o.data = <real *>o, <real *>lse, <real *>do
-        call.p.dq.data, call.p.dk.data, call.p.dv.data = view(dq).data, view(dk).data, view(dv).data
+        call.p.dq, call.p.dk, call.p.dv = heads_of(dq, False), heads_of(dk, False), heads_of(dv, False)
         run(&call, threads)
 
 
