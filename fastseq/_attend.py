@@ -1,6 +1,6 @@
 """Softmax attention over NumPy arrays: allocation and kernels.
 
-The path from both APIs to the kernels; `_attend_plan` checks what shapes, dtypes and numbers decide.
+The path from both APIs to the kernels; `_attend_plan` checks what shapes, dtypes, numbers decide.
 `Options` are the arguments beside q, k, v as the public functions take them; `op` is the public
 name, for errors.
 """

@@ -7,7 +7,9 @@ import torch
 from torch import _C, Tensor, from_numpy
 
 from fastseq._attend_plain import plain
-from fastseq.torch._tensors import FLOATS, differentiated, heard
+from fastseq.torch._tensors import FLOATS, differentiated, listening
+
+_OPTIONAL = (Tensor, type(None))
 
 
 def infer(q, k, v, kv_lengths, causal, window, scale, softcap):
@@ -15,10 +17,9 @@ def infer(q, k, v, kv_lengths, causal, window, scale, softcap):
 
     For tensors on the CPU, without gradients, where nothing listens.
     """
-    tensors = (q, k, v, kv_lengths)
-    if not type(q) is type(k) is type(v) is Tensor or q.dtype not in FLOATS:
+    if not (type(q) is type(k) is type(v) is Tensor and type(kv_lengths) in _OPTIONAL):
         return None
-    if heard(tensors) or differentiated(tensors) or _C._autograd._profiler_enabled():
+    if listening() or differentiated((q, k, v)) or _C._autograd._profiler_enabled():
         return None
     if type(causal) not in (bool, str):
         return None
