@@ -11,8 +11,7 @@ from torch.nn.functional import logsigmoid
 from fastseq import score_mods
 from fastseq.score_mods import ScoreMod
 from fastseq.torch._tensors import FLOATS
-from fastseq.torch.attention_ops import TENSORS, run
-from fastseq.torch.attention_plain import infer
+from fastseq.torch.attention_ops import TENSORS, infer, run
 
 _HALVES = (torch.bfloat16, torch.float16)
 _CAUSAL = {False: None, True: "top_left", "top_left": "top_left", "bottom_right": "bottom_right"}

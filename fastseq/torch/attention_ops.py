@@ -9,7 +9,7 @@ for calls of q, k and v alone in `attention_plain`, or for CUDA tensors in `atte
 from functools import partial
 
 import torch
-from torch import _C, from_numpy
+from torch import _C, Tensor, from_numpy
 from torch.autograd import Function
 
 from fastseq import _attend
@@ -23,6 +23,7 @@ from fastseq.torch._tensors import (
     differentiated,
     heard,
     like,
+    listening,
     on_gpu,
     or_empty,
     recorded,
@@ -79,6 +80,28 @@ def run(op, q, k, v, tensors, numbers):
         with torch.profiler.record_function(f"fastseq::{op}"):
             return _forward(op, inputs, numbers)
     return _forward(op, inputs, numbers)
+
+
+def infer(q, k, v, kv_lengths, causal, window, scale, softcap):
+    """o of `run`, in two thirds of its time for a small call; None: `run` has to be asked.
+
+    For tensors on the CPU, without gradients, where nothing listens.
+    """
+    if not (type(q) is type(k) is type(v) is Tensor and type(kv_lengths) in _OPTIONAL):
+        return None
+    if on_gpu(q) or listening() or differentiated((q, k, v)) or _C._autograd._profiler_enabled():
+        return None
+    if type(causal) not in (bool, str):
+        return None
+    if window is not None and (type(window) is not tuple or len(window) != 2):
+        return None
+    left, right = window or (None, None)
+    numbers = (causal, left, right, scale, softcap)
+    found = attention_plain.addressed(q, k, v, kv_lengths, *numbers)
+    if found is None:
+        return None
+    call, at = found
+    return from_numpy(call.forward(at, with_lse=False)[0])
 
 
 def _options(op, tensors, numbers):
@@ -219,6 +242,7 @@ def _schema(op, between="", after="", returns="Tensor o, Tensor lse"):
 
 _RESULTS = ", Tensor o, Tensor lse, Tensor? do, Tensor? dlse"
 _GRADS = "Tensor dq, Tensor dk, Tensor dv, Tensor dbias"
+_OPTIONAL = (Tensor, type(None))
 _OPERATORS = {}
 _BWD_OPERATORS = {}
 

@@ -4,34 +4,9 @@ What it does not take, `attention_ops` does by way of arrays; a None here says s
 """
 
 import torch
-from torch import _C, Tensor, from_numpy
 
 from fastseq._attend_plain import plain
-from fastseq.torch._tensors import FLOATS, differentiated, listening
-
-_OPTIONAL = (Tensor, type(None))
-
-
-def infer(q, k, v, kv_lengths, causal, window, scale, softcap):
-    """o of `attention_ops.run`, in two thirds of its time for a small call.
-
-    For tensors on the CPU, without gradients, where nothing listens.
-    """
-    if not (type(q) is type(k) is type(v) is Tensor and type(kv_lengths) in _OPTIONAL):
-        return None
-    if listening() or differentiated((q, k, v)) or _C._autograd._profiler_enabled():
-        return None
-    if type(causal) not in (bool, str):
-        return None
-    if window is not None and (type(window) is not tuple or len(window) != 2):
-        return None
-    left, right = window or (None, None)
-    numbers = (causal, left, right, scale, softcap)
-    found = _addressed(q, k, v, kv_lengths, *numbers)
-    if found is None:
-        return None
-    call, at = found
-    return from_numpy(call.forward(at, with_lse=False)[0])
+from fastseq.torch._tensors import FLOATS
 
 
 def forward(inputs, numbers):
@@ -64,10 +39,10 @@ def _of_operator(inputs, numbers):
     causal, left, right, scale, softcap, dropout_p, score_mod = numbers
     if dropout_p != 0 or not bias is mask is q_lengths is slopes is score_mod is None:
         return None
-    return _addressed(q, k, v, kv_lengths, causal or False, left, right, scale, softcap)
+    return addressed(q, k, v, kv_lengths, causal or False, left, right, scale, softcap)
 
 
-def _addressed(q, k, v, kv_lengths, *numbers):
+def addressed(q, k, v, kv_lengths, *numbers):
     """A `Plain` and the addresses it takes; None: the arrays have to be looked at."""
     dtype = FLOATS.get(q.dtype)
     if dtype is None or not (q.dtype is k.dtype is v.dtype and q.is_cpu and k.is_cpu and v.is_cpu):
