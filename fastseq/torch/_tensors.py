@@ -76,10 +76,13 @@ def differentiated(tensors):
 
 def heard(tensors):
     """Whether a compiler, tracer, mode, transform or tensor subclass would see an operator."""
+    return listening() or not _PLAIN.issuperset(map(type, tensors)) or tensors[0].is_meta
+
+
+def listening():
+    """Whether a compiler, tracer, mode or transform would see one, whatever its tensors."""
     return (
         torch.compiler.is_compiling()
-        or not _PLAIN.issuperset(map(type, tensors))
-        or tensors[0].is_meta
         or _C._len_torch_dispatch_stack() > 0
         or _C._functorch.peek_interpreter_stack() is not None
         or _C._get_tracing_state() is not None

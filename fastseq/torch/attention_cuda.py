@@ -6,7 +6,7 @@ lengths and offsets are not checked, which would wait for the GPU; they are clam
 
 import torch
 
-from fastseq import _attend, _check
+from fastseq import _attend_plan, _check
 from fastseq.kernels.cpu.contract import CAUSAL, Attention
 from fastseq.kernels.triton import kernels
 from fastseq.torch._tensors import like
@@ -56,7 +56,7 @@ def _call(op, tensors, numbers):
     kernels(op, "launch").check(op, "q", q)
     for name, a in (("k", k), ("v", v)):
         _same(op, name, a, q.dtype, q.device)
-    _attend.check_shapes(op, packed, *(tuple(a.shape) for a in (q, k, v)))
+    _attend_plan.check_shapes(op, packed, *(tuple(a.shape) for a in (q, k, v)))
     if packed:
         cu = [tensors[f"cu_seqlens_{x}"] for x in "qk"]
         B, lengths = len(cu[0]) - 1, (None, None)
@@ -74,11 +74,9 @@ def _call(op, tensors, numbers):
     causal, left, right, scale, softcap, dropout_p, score_mod = numbers
     if score_mod is not None:
         raise NotImplementedError(f"{op}: score_mod runs on the CPU only, got q on {q.device}")
-    left, right = _attend._window(op, (left, right))
+    left, right = _attend_plan.window(op, (left, right))
     seed = tensors.get("seed")
-    seed, threshold, keep_scale = _attend._dropout(
-        op, dropout_p, seed if seed is None else seed.item()
-    )
+    threshold, keep_scale = _attend_plan.dropout(op, dropout_p)
     return Attention(
         sizes=(B, NH, NK, D, DV),
         q=_rows(q),
@@ -94,11 +92,11 @@ def _call(op, tensors, numbers):
         left=left,
         right=right,
         scale=D**-0.5 if scale is None else _check.number(op, "scale", scale),
-        softcap=_attend._positive(op, "softcap", softcap),
+        softcap=_attend_plan.positive(op, "softcap", softcap),
         alibi_slopes=_slopes(op, tensors.get("alibi_slopes"), (B, NH), q),
         mask=_pairs(op, "mask", tensors.get("mask"), (B, NH, L, S), torch.bool, q.device),
         bias=_pairs(op, "bias", tensors.get("bias"), (B, NH, L, S), q.dtype, q.device),
-        seed=seed,
+        seed=_attend_plan.seed(op, dropout_p, seed if seed is None else seed.item()),
         threshold=threshold,
         keep_scale=keep_scale,
     ), packed

@@ -56,7 +56,7 @@ def scaled_dot_product_attention(
     if (
         attn_mask is None
         and dropout_p == 0
-        and _alike(query, key, value)
+        and _alike(query, key, value, enable_gqa)
         and isinstance(is_causal, bool)
     ):
         return attention(query, key, value, causal=is_causal, scale=scale)
@@ -84,26 +84,28 @@ def scaled_dot_product_attention(
     return o if rank == 4 else o.view((*scores[:-1], Ev))
 
 
-def _alike(query, key, value):
-    """Whether nothing is to broadcast: (B, NH, L, E) and twice (B, NH, S, E), of one dtype."""
+def _alike(query, key, value, grouped):
+    """Whether nothing is to broadcast: (B, NH, L, E) and twice (B, NK, S, E), of one dtype."""
     if not (type(query) is type(key) is type(value) is Tensor and query.dim() == 4):
         return False
     q, k = query.shape, key.shape
     return (
         k == value.shape
         and len(k) == 4
-        and q[:2] == k[:2]
+        and q[0] == k[0]
+        and (q[1] == k[1] or (grouped and k[1] > 0 and q[1] % k[1] == 0))
         and q[3] == k[3] != 0
         and query.dtype is key.dtype is value.dtype
         and 0 not in query.stride()  # the output follows its strides, but not to 0
-        and _taken(query)
-        and query.device == key.device == value.device
+        and _taken(query, key, value)
     )
 
 
-def _taken(query):
-    """Whether there are kernels for it, or an error of their own that names what they take."""
-    return query.dtype in FLOATS if query.is_cpu else query.is_cuda
+def _taken(query, key, value):
+    """Whether there are kernels for them, or an error of their own that names what they take."""
+    if query.is_cpu:
+        return key.is_cpu and value.is_cpu and query.dtype in FLOATS
+    return query.is_cuda and query.device == key.device == value.device
 
 
 def _check(query, key, value, attn_mask, dropout_p, is_causal):

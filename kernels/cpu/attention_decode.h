@@ -13,41 +13,48 @@ INLINE void prefetch_row(const real *row, intptr_t n) {
         __builtin_prefetch(row + d, 0, 3);
 }
 
-/* s[r][j] = q[r] . k_j for rows r and keys j of [0, n): k_j is k + j * ld. The keys are read once, and not packed. */
+/* s[r][j] = q[r] . k_j for rows r and keys j of [0, n): k_j is k + j * ld. The keys are read once, and not packed;
+ * several at a time, or what is done for each costs as much as its products. */
 INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intptr_t ld, intptr_t n, intptr_t D,
                        real *const *s) {
-    intptr_t ahead = AHEAD_BYTES / (D * sizeof(real)) + 1;
+    const int keys = rows > 2 || VL < 4 ? 2 : 4;
+    intptr_t ahead = (AHEAD_BYTES / (D * sizeof(real)) + 1) * ld;
     for (intptr_t j = 0; j < n; j += VL) {
-        vec turned[DECODE_ROWS][VL];
-        for (int l = 0; l < VL; l++) {
-            vec acc[DECODE_ROWS] = {};
-            const real *kj = k + (j + l < n ? j + l : n - 1) * ld;
+        vec lanes[DECODE_ROWS][VL];
+        for (int l = 0; l < VL; l += keys) {
+            vec acc[4][DECODE_ROWS] = {};
+            const real *key[4];
             intptr_t d = 0;
-            prefetch_row(kj + ahead * ld, D);
-            for (; d + VL <= D; d += VL) {
-                vec kd = load(kj + d);
-                UNROLL
-                for (int r = 0; r < rows; r++)
-                    acc[r] += kd * load(q[r] + d);
-            }
-            if (d < D) {
-                vec kd = {};
-                memcpy(&kd, kj + d, (D - d) * sizeof(real));
-                UNROLL
-                for (int r = 0; r < rows; r++)
-                    acc[r] += kd * load(q[r] + d);
-            }
             UNROLL
-            for (int r = 0; r < rows; r++)
-                turned[r][l] = acc[r];
+            for (int i = 0; i < keys; i++)
+                key[i] = k + (j + l + i < n ? j + l + i : n - 1) * ld;
+            for (; d + VL <= D; d += VL)
+                UNROLL
+                for (int i = 0; i < keys; i++) {
+                    vec kd = load(key[i] + d);
+                    if (VBYTES == 64 || d * sizeof(real) % 64 == 0)
+                        __builtin_prefetch(key[i] + ahead + d, 0, 3);
+                    UNROLL
+                    for (int r = 0; r < rows; r++)
+                        acc[i][r] += kd * load(q[r] + d);
+                }
+            if (d < D)
+                UNROLL
+                for (int i = 0; i < keys; i++) {
+                    vec kd = {};
+                    memcpy(&kd, key[i] + d, (D - d) * sizeof(real));
+                    UNROLL
+                    for (int r = 0; r < rows; r++)
+                        acc[i][r] += kd * load(q[r] + d);
+                }
+            UNROLL
+            for (int i = 0; i < keys; i++)
+                UNROLL
+                for (int r = 0; r < rows; r++)
+                    lanes[r][l + i] = acc[i][r];
         }
-        for (int r = 0; r < rows; r++) {
-            transpose(turned[r]);
-            vec sum = turned[r][0];
-            for (int l = 1; l < VL; l++)
-                sum += turned[r][l];
-            store(s[r] + j, sum);
-        }
+        for (int r = 0; r < rows; r++)
+            store(s[r] + j, sum_rows(lanes[r]));
     }
 }
 

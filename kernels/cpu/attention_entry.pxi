@@ -5,8 +5,12 @@ cdef enum:
 
 
 cdef Heads heads_of(object array, bint packed) except *:
-    """(B, heads, positions, columns) with consecutive columns; a sequence of packed rows starts at its first row."""
+    """(B, heads, positions, columns) with consecutive columns; a sequence of packed rows starts at its first row. Of a
+    tuple, strides: the address is NULL."""
     cdef Heads x
+    if isinstance(array, tuple):
+        x.data, x.b, x.h, x.i = NULL, array[0], array[1], array[2]
+        return x
     cdef View v = view(array)
     x.data, x.b, x.h, x.i = v.data, 0 if packed else v.stride[0], v.stride[1], v.stride[2]
     return x
@@ -149,21 +153,18 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     return posix_memalign(<void **>&call.packed, 64, max(reals, 1) * sizeof(real)) == 0
 
 
-cdef int run(object arrays, int threads, bint backward) except -1:
-    cdef Call call
+cdef int run(Call *call, int threads) except -1:
     cdef bint failed
-    memset(&call, 0, sizeof(Call))
-    call.p, call.backward = problem_of(arrays), backward
     if call.p.B == 0 or call.p.NH == 0:
         return 0
     with nogil:
         threads = useful_threads(&call.p, threads) if gomp.parallel != NULL else 1
-        failed = not allocate(&call, threads)
+        failed = not allocate(call, threads)
         if not failed:
             if threads == 1:
-                run_member(&call, 0, 1)
+                run_member(call, 0, 1)
             else:
-                gomp.parallel(team_member, &call, threads, 0)
+                gomp.parallel(team_member, call, threads, 0)
         failed = failed or call.failed
         free(call.barrier)
         free(call.packed)
@@ -174,14 +175,54 @@ cdef int run(object arrays, int threads, bint backward) except -1:
     return 0
 
 
+cdef int run_arrays(object arrays, int threads, bint backward) except -1:
+    cdef Call call
+    memset(&call, 0, sizeof(Call))
+    call.p, call.backward = problem_of(arrays), backward
+    return run(&call, threads)
+
+
 def forward(arrays, int threads):
     """Fill o and lse of a `contract.Attention`. `threads` is the most to use."""
-    run(arrays, threads, False)
+    run_arrays(arrays, threads, False)
 
 
 def backward(arrays, int threads):
     """Fill dq, dk and dv, and add to dbias, from o, lse, do and dlse."""
-    run(arrays, threads, True)
+    run_arrays(arrays, threads, True)
+
+
+cdef class Prepared:
+    """A `contract.Attention` of strides, for many calls that give the addresses."""
+    cdef Problem p
+    cdef object arrays              # they own the lengths
+
+    def __init__(self, arrays):
+        self.p, self.arrays = problem_of(arrays), arrays
+
+    cdef Call call(self, size_t q, size_t k, size_t v, size_t kv_lengths):
+        cdef Call call
+        memset(&call, 0, sizeof(Call))
+        call.p = self.p
+        call.p.q.data, call.p.k.data, call.p.v.data = <real *>q, <real *>k, <real *>v
+        if kv_lengths:
+            call.p.kv_len = <int64_t *>kv_lengths
+        return call
+
+    def forward(self, size_t q, size_t k, size_t v, size_t kv_lengths, o, lse, int threads):
+        """Fill the arrays o and lse, which may be None; kv_lengths 0: those of the arrays."""
+        cdef Call call = self.call(q, k, v, kv_lengths)
+        call.p.o, call.p.lse = heads_of(o, False), heads_of(lse, False)
+        run(&call, threads)
+
+    def backward(self, size_t q, size_t k, size_t v, size_t kv_lengths, size_t o, size_t lse, size_t do, dq, dk, dv,
+                 int threads):
+        """Fill the arrays dq, dk and dv, which hold zeros."""
+        cdef Call call = self.call(q, k, v, kv_lengths)
+        call.backward = True
+        call.p.o.data, call.p.lse.data, call.p.d_o.data = <real *>o, <real *>lse, <real *>do
+        call.p.dq, call.p.dk, call.p.dv = heads_of(dq, False), heads_of(dk, False), heads_of(dv, False)
+        run(&call, threads)
 
 
 def score_layout():

@@ -121,7 +121,8 @@ cdef void finish_row(const Problem *p, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i,
                      real l) noexcept nogil:
     """o = acc / l, lse = m + log l; 0 and -inf where no key was attended."""
     copy_scaled(of_query(p, &p.o, b, h, i), acc, p.DV, 0 if l == 0 else 1 / l)
-    of_query(p, &p.lse, b, h, i)[0] = -INFINITY if l == 0 else m + log_real(l)
+    if p.lse.data != NULL:
+        of_query(p, &p.lse, b, h, i)[0] = -INFINITY if l == 0 else m + log_real(l)
 
 
 cdef void forward_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0, const real *packed) noexcept nogil:

@@ -99,7 +99,8 @@ NO_LIMIT = 2**40  # a side of a window that reaches past every key
 class Attention:
     """One call. q, k, v and what is of their shapes: any strides, consecutive elements last.
 
-    Packed rows stand as a batch of one, (1, heads, rows, ·), with q_first and k_first given.
+    Packed rows stand as a batch of one, (1, heads, rows, ·), with q_first and k_first given. Where
+    addresses come later, `Prepared`, a tuple of strides in elements stands for such an array.
     """
 
     sizes: tuple[int, int, int, int, int]  # B, NH, NK, D, DV
@@ -107,7 +108,7 @@ class Attention:
     k: Any  # (B, NK, S, D)
     v: Any  # (B, NK, S, DV)
     o: Any  # (B, NH, L, DV); forward writes, backward reads
-    lse: Any  # (B, NH, L)
+    lse: Any  # (B, NH, L); forward: None where not wanted
     q_lengths: Any  # (B,) int64
     kv_lengths: Any  # (B,) int64
     q_first: Any  # (B,) int64: where each sequence's packed rows start; None: padded

@@ -191,6 +191,29 @@ INLINE void transpose(vec v[VL]) {
     BUTTERFLY(8)
 }
 
+/* Half of the vectors: their lanes are sums of two neighbouring groups of d lanes of two neighbouring vectors. */
+#define ADD_GROUPS(LOW, HIGH, d)                                                                                       \
+    for (int i = 0; i < VL / (2 * (d)); i++) {                                                                         \
+        vec a = v[2 * i], b = v[2 * i + 1];                                                                            \
+        v[i] = __builtin_shufflevector(a, b, LANES(LOW, (d) % VL)) + __builtin_shufflevector(a, b, LANES(HIGH, (d) % VL)); \
+    }
+#define EVEN(l, d) (((l) & ~3) + ((l) & 1) * 2 + ((l) & 2 ? VL : 0))
+#define ODD(l, d) (EVEN(l, d) + 1)
+
+/* Lane l is the sum of v[l]'s lanes. VL - 1 additions and twice as many shuffles; a transposition has VL log2(VL). */
+INLINE vec sum_rows(vec v[VL]) {
+#if REAL_BITS == 32
+    ADD_GROUPS(EVEN, ODD, 1)
+    ADD_GROUPS(EVEN, ODD, 2)
+#else
+    ADD_GROUPS(LOWER, UPPER, 1)
+    ADD_GROUPS(LOWER, UPPER, 2)
+#endif
+    ADD_GROUPS(LOWER, UPPER, 4)
+    ADD_GROUPS(LOWER, UPPER, 8)
+    return v[0];
+}
+
 /* dst[k][lane] = src[lane][k] for VL source rows (NULL reads as zeros); consecutive k are `ld` apart in dst. */
 static __attribute__((unused)) void pack_transposed(const real *const *src, intptr_t K, real *dst, intptr_t ld) {
     int all = 1;
