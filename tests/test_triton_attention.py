@@ -235,11 +235,12 @@ def packed_peer(problem):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"causal": True}, {"mask": "LxS"}, {"B": 4, "ragged": "qkv"}],
+    [{"causal": True}, {"B": 8, "mask": "LxS"}, {"B": 4, "ragged": "qkv"}],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["q", "k", "v", "do"])
 def test_nan_reaches_what_attends_it_and_nothing_else(name, fields):
+    # with a mask few keys stay finite: eight rows, or torch's error is that of a few numbers
     problem = problem_of(SMALL | fields)
     poisoned = (problem.cotangents if name == "do" else problem.inputs)[name].copy()
     poisoned[:, :, 7], poisoned[:, :, 11, 1] = np.nan, np.nan if name == "do" else np.inf
