@@ -1,4 +1,4 @@
-"""Attention of q, k, v alone, and lengths of keys, by address: for small calls over tensors.
+"""Attention of q, k, v alone, and lengths of keys, by address, for small calls over tensors.
 
 All but the addresses follows from layouts and numbers; it is made once for them and remembered.
 """
@@ -33,7 +33,7 @@ class Memory:
 
 
 @lru_cache(maxsize=1024)
-def like(shape: Shape, strides: Shape, columns: int) -> Memory:
+def memory_like(shape: Shape, strides: Shape, columns: int) -> Memory:
     """What follows the order of axes of these strides, of `columns` in its last axis."""
     made, axes = memory_of(shape, strides, columns)
     steps = _steps(made)
@@ -67,7 +67,7 @@ class Plain:
 
     def backward(self, at: tuple[int, int, int, int], *results: int) -> list[Array]:
         """dq, dk, dv from the addresses of o, lse and do, which have forward's layouts."""
-        memory = [like(shape, steps, shape[3]) for shape, steps in self.layouts]
+        memory = [memory_like(shape, steps, shape[3]) for shape, steps in self.layouts]
         grads = [each.make(self.dtype, np.zeros) for each in memory]
         self.prepared.backward(*at, *results, *grads, _dispatch.get_num_threads())
         return grads
@@ -93,7 +93,7 @@ def plain(
     signatures = [(shape, dtype) for shape in shapes]
     plan = plan_for("attention", False, *signatures, causal, scale, softcap, 0.0)
     (B, _, _, S), DV = plan.scores, plan.heads[3]
-    o = like(shapes[0], strides[0], DV)
+    o = memory_like(shapes[0], strides[0], DV)
     call = Attention(
         (B, *plan.heads), *strides, o.steps, _steps(plan.lse),
         plan.all_queries, plan.all_keys, None, None,

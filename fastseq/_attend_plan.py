@@ -76,14 +76,20 @@ def _checked(
         heads=(NH, NK, D, DV),
         scores=(B, NH, L, S),
         lse=(B, NH, L),
-        all_queries=np.full(B, L, np.int64),
-        all_keys=np.full(B, S, np.int64),
+        all_queries=_constant(B, L),
+        all_keys=_constant(B, S),
         causal=CAUSAL[causal],
         scale=D**-0.5 if scale is None else _check.number(op, "scale", scale),
         softcap=positive(op, "softcap", softcap),
         threshold=threshold,
         keep_scale=keep_scale,
     )
+
+
+def _constant(n: int, value: int) -> Array:
+    made = np.full(n, value, np.int64)
+    made.flags.writeable = False
+    return made
 
 
 def check_shapes(op: str, packed: bool, q: tuple, k: tuple, v: tuple) -> None:

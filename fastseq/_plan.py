@@ -94,7 +94,7 @@ def sized(spec: Spec, T: int, B: int, I: int, H: int, P: int, dtype: np.dtype) -
         d, inputs = index % D, I if index < D else D * R
         kept = {"gates": reserve.array(T, B, gate_row)} if gate_row else {}
         kept |= {"c": reserve.array(T, B, H)} if spec.kind.has_c else {}
-        kept |= {"m": reserve.array(T, B, H)} if P or spec.zoneout else {}
+        kept |= {"m": reserve.array(T, B, H)} if P or (spec.zoneout and not gate_row) else {}
         kept |= {"m_c": reserve.array(T, B, H)} if spec.zoneout and spec.kind.has_c else {}
         place = Place(
             index=index,
@@ -143,6 +143,8 @@ def signatures(weights: Sequence) -> tuple:
 def _checked(spec: Spec, x: tuple, h0: tuple | None, c0: tuple | None, weights: tuple) -> Plan:
     """Check signatures (shape, dtype) and plan for them."""
     op, G = spec.op, spec.kind.gates
+    if spec.proj and not spec.kind.projects:
+        raise ValueError(f"{op}: weights must not hold w_hr: the cell has no projection")
     letters = f"{G}H, I" if G > 1 else "H, I"
     name = "w_ih" if spec.scans == 1 else "w_ih_l0"
     w_ih, w_hr = weights[0], spec.weights_of(weights, 0)[4]

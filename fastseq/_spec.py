@@ -23,6 +23,7 @@ class Kind:
     has_c: bool = False
     recurrent: bool = True  # has w_hh and b_hh
     params: int = 0  # parameters per unit
+    projects: bool = False  # may have a projection w_hr
 
     def cell(self, kernels: ModuleType, dtype: np.dtype) -> int | CompiledCell:
         """What the kernels of one dtype know it by; a user's cell is compiled for them."""
@@ -38,7 +39,7 @@ KINDS: dict[str, Kind] = {
     "rnn_tanh": _BuiltIn("rnn", 1),
     "rnn_relu": _BuiltIn("rnn", 1),
     "gru": _BuiltIn("gru", 3),
-    "lstm": _BuiltIn("lstm", 4, has_c=True),
+    "lstm": _BuiltIn("lstm", 4, has_c=True, projects=True),
 }
 
 

@@ -90,7 +90,9 @@ class _Call:
         elif place.c is not None and c is not None:
             c = c[:, :, place.c]
         if m is None and (self.plan.P or self.zoneout):
-            m, m_c = np.empty((2, 1, self.plan.B, self.plan.H), self.plan.dtype)
+            m = np.empty((1, self.plan.B, self.plan.H), self.plan.dtype)
+        if m_c is None and self.zoneout:
+            m_c = np.empty((1, self.plan.B, self.plan.H), self.plan.dtype)
         y = y if place.y is None else y[:, :, place.y]
         i = place.index
         h0 = None if self.h0 is None else self.h0[i]
@@ -147,6 +149,7 @@ def _noise(spec: Spec, plan: Plan, masks: Masks) -> tuple | None:
     noise = masks[2:]
     if all(a is None for a in noise):
         return None
+    _refuse_noise(spec, masks)
     for name, letters, expected in (
         ("recurrent_mask", f"B, {'P' if plan.P else 'H'}", (B, plan.R)),
         ("zoneout_h", "T, B, H", (T, B, plan.H)),
@@ -160,6 +163,16 @@ def _noise(spec: Spec, plan: Plan, masks: Masks) -> tuple | None:
             else:
                 _check.shape(spec.op, name, mask.shape, f"LD, {letters}", (S, *expected))
     return tuple(map(contiguous, noise))
+
+
+def _refuse_noise(spec: Spec, masks: Masks) -> None:
+    """What a cell or a projection leaves no place for."""
+    if masks.zoneout_c is not None and not spec.kind.has_c:
+        raise ValueError(f"{spec.op}: zoneout_c must not be given: the cell has no c")
+    if masks.recurrent_mask is not None and not spec.kind.recurrent:
+        raise ValueError(f"{spec.op}: recurrent_mask must not be given: the cell has no w_hh")
+    if masks.zoneout and spec.proj:
+        raise ValueError(f"{spec.op}: zoneout must not be given with a projection")
 
 
 def forward(

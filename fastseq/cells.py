@@ -79,7 +79,8 @@ def layer_norm_lstm(gx, gh, c, params):
 def layer_norm_gru(gx, gh, h, params):
     """A GRU whose products are normalised. Ba, Kiros & Hinton, arXiv:1607.06450.
 
-    Gates r|z|n of gain_ih * LN(W_ih x) and gain_hh * LN(W_hh h); LN over all gates and units.
+    Gates r|z|n of gain_ih * LN(W_ih x) and gain_hh * LN(W_hh h); LN over all gates and units, where
+    the paper normalises n by itself.
     params (10, H): gain_ih r|z|n, gain_hh r|z|n, bias r|z|n of the first, bias n of the second.
     """
     gain_ih, gain_hh = params[:6].reshape(2, -1)

@@ -153,6 +153,16 @@ def test_nan_stays_in_its_row(name):
     assert_same_bits({"y": outputs["y"][:, others]}, {"y": clean["y"][:, others]})
 
 
+def test_without_zoneout_of_c_an_infinite_c_stays():
+    problem = CellProblem("cifg_lstm", T=3, H=9)
+    c0 = np.full_like(problem.inputs["c0"], np.inf)
+    none = {"zoneout_h": np.zeros((3, 3, 9))}
+    plain, _ = vjp(problem.having(inputs={"c0": c0}))
+    zoned, _ = vjp(problem.having(inputs={"c0": c0}, options=none))
+    assert_same_bits(zoned, plain)
+    assert np.isinf(zoned["c_n"]).all()
+
+
 def test_a_cell_is_its_function_and_is_known_once():
     def twice(a, h):
         return np.tanh(a) + 2 * h

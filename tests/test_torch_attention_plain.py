@@ -140,3 +140,13 @@ def test_operator_refuses_halves_and_other_results():
         grads = torch.ops.fastseq.attention_bwd(*given[0], *given[1], *NUMBERS, False)
         for grad, wanted in zip(grads, expected, strict=False):
             assert torch.equal(grad, torch.from_numpy(wanted))
+
+
+def test_a_window_is_read_at_every_call():
+    q = torch.randn(1, 2, 9, 4)
+    side = torch.tensor(3)
+    wide = fastseq.torch.attention(q, q, q, window=(side, 0))
+    side.fill_(0)
+    narrow = fastseq.torch.attention(q, q, q, window=(side, 0))
+    assert torch.equal(narrow, fastseq.torch.attention(q, q, q, window=(0, 0)))
+    assert not torch.equal(narrow, wide)

@@ -194,7 +194,9 @@ def test_noise_of_modules(name, noise):
     assert x.grad.isfinite().all()
     module.eval()
     assert torch.equal(module(x)[0], module(x)[0])
-    assert all(f"{option}" in repr(module) for option in ("dropout", "zoneout") if option in noise)
+    options = repr(module).removeprefix(name)
+    again = eval(f"fastseq.torch.nn.{name}{options}")
+    assert repr(again) == repr(module)
 
 
 def test_zoneout_of_a_module_is_the_mean_in_inference():
@@ -227,6 +229,13 @@ def test_recurrent_dropout_of_ones_is_none_and_of_zeros_cuts_the_product():
     without = leaves | {"w_hh": torch.zeros_like(leaves["w_hh"])}
     cut = fastseq.torch.scan(problem.cell, **leaves, **zeros)[0]
     assert torch.equal(cut, fastseq.torch.scan(problem.cell, **without)[0])
+
+
+def test_masks_are_not_differentiable():
+    x, mask = torch.randn(5, 2, 3), torch.rand(2, 4, requires_grad=True)
+    cell, weights = fastseq.cells.light_gru, [torch.randn(8, 3), torch.randn(8, 4)]
+    with pytest.raises(RuntimeError, match="light_gru: masks are not differentiable"):
+        fastseq.torch.scan(cell, x, *weights, recurrent_mask=mask)
 
 
 LAYER_NORM = {"layer_norm_lstm": ("LayerNormLSTM", 9), "layer_norm_gru": ("LayerNormGRU", 6)}
@@ -296,7 +305,10 @@ def test_errors():
     )
     for name, options, text in (
         ("GRU", {"zoneout": (0.1, 0.1)}, "GRU: zoneout of c must be 0: the cell has no c, got 0.1"),
-        ("LSTM", {"zoneout": 1.0}, "LSTM: zoneout must be a probability below 1, got 1.0"),
+        ("LSTM", {"zoneout": 1.0},
+         "LSTM: zoneout must be a probability below 1, or two (of h, of c), got 1.0"),
+        ("LSTM", {"zoneout": [0.1]},
+         "LSTM: zoneout must be a probability below 1, or two (of h, of c), got [0.1]"),
         ("LSTM", {"zoneout": 0.1, "proj_size": 2},
          "LSTM: zoneout must be 0 with proj_size, got 0.1"),
         ("RNN", {"recurrent_dropout": -1},

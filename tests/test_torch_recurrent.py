@@ -170,6 +170,20 @@ def test_opcheck(cell, case, monkeypatch):
     torch.library.opcheck(getattr(torch.ops.fastseq, cell).default, args)
 
 
+def test_operators_refuse_what_a_cell_has_no_place_for():
+    arguments = {"num_layers": 1, "bidirectional": False, "requires_grad": False}
+    x, h0, c0, weights, *rest = operator_arguments("gru", **arguments)
+    projected = [*weights, torch.rand(2, 4, dtype=torch.float64)]
+    with pytest.raises(ValueError, match="gru: weights must not hold w_hr"):
+        torch.ops.fastseq.gru(x, h0, c0, projected, *rest)
+    noise = rest[3]
+    with pytest.raises(ValueError, match="gru: zoneout_c must not be given"):
+        torch.ops.fastseq.gru(x, h0, c0, weights, *rest[:4], noise, *rest[5:])
+    x, h0, c0, weights, *rest = operator_arguments("lstm", P=2, **arguments)
+    with pytest.raises(ValueError, match="lstm: zoneout must not be given with a projection"):
+        torch.ops.fastseq.lstm(x, h0, c0, weights, *rest[:3], noise, None, *rest[5:])
+
+
 @pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("needs", [(1, 1, 1, 1), (0, 0, 0, 1), (1, 0, 0, 0)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)

@@ -1,6 +1,8 @@
 """Recurrent dropout and zoneout of the modules: probabilities checked, masks drawn."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,28 +10,35 @@ from torch import Tensor
 from fastseq._spec import Kind, Masks, Spec
 
 
-class Noise(NamedTuple):
+class NoiseRates(NamedTuple):
     """A module's probabilities: of recurrent dropout, and of zoneout of h and of c."""
 
-    recurrent_dropout: float = 0.0
-    zoneout_h: float = 0.0
-    zoneout_c: float = 0.0
+    recurrent_dropout: float
+    zoneout_h: float
+    zoneout_c: float
 
     @classmethod
-    def checked(cls, op: str, kind: Kind, recurrent_dropout, zoneout) -> "Noise | None":
-        """From the constructor's arguments; zoneout is one number or two, of h and of c. None: no
-        noise."""
-        of_h, of_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout * kind.has_c)
-        found = {"recurrent_dropout": recurrent_dropout, "zoneout": of_h, "zoneout of c": of_c}
-        for name, p in found.items():
-            if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
-                raise ValueError(f"{op}: {name} must be a probability below 1, got {p!r}")
-        if of_c and not kind.has_c:
+    def checked(
+        cls, op: str, kind: Kind, recurrent_dropout: Any, zoneout: Any
+    ) -> NoiseRates | None:
+        """From the constructor's arguments; None where all are 0."""
+        _check(op, "recurrent_dropout", "a probability below 1", recurrent_dropout)
+        pair = isinstance(zoneout, tuple | list) and len(zoneout) == 2
+        of_h, of_c = zoneout if pair else (zoneout, zoneout)
+        for p in (of_h, of_c):
+            _check(op, "zoneout", "a probability below 1, or two (of h, of c)", p, zoneout)
+        if not kind.has_c and pair and of_c:
             raise ValueError(f"{op}: zoneout of c must be 0: the cell has no c, got {of_c}")
         if recurrent_dropout and not kind.recurrent:
             text = "recurrent_dropout must be 0: the cell has no w_hh"
             raise ValueError(f"{op}: {text}, got {recurrent_dropout}")
-        return cls(*map(float, found.values())) if any(found.values()) else None
+        rates = float(recurrent_dropout), float(of_h), float(of_c) if kind.has_c else 0.0
+        return cls(*rates) if any(rates) else None
+
+    def __str__(self) -> str:
+        """As the constructor takes them."""
+        found = f", recurrent_dropout={self.recurrent_dropout}" if self.recurrent_dropout else ""
+        return found + (f", zoneout={self[1:]}" if self.zoneout else "")
 
     @property
     def zoneout(self) -> bool:
@@ -48,3 +57,8 @@ class Noise(NamedTuple):
                 mask = x.new_full((S, T, B, R), p)
                 found[name] = mask.bernoulli() if training else mask
         return Masks(**found)
+
+
+def _check(op: str, name: str, expected: str, p: Any, given: Any = None) -> None:
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+        raise ValueError(f"{op}: {name} must be {expected}, got {p if given is None else given!r}")

@@ -11,6 +11,8 @@ import torch
 from torch import _C, Tensor
 from torch.autograd import Function, forward_ad
 
+from fastseq._attend import memory_of
+
 FLOATS = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -99,10 +101,10 @@ def recorded(*args):
 def like(a, columns):
     """What `_attend.like` makes of the array: its shape and order of axes, but for the last."""
     copied = a.stride(-1) != 1 and not a.is_contiguous()
-    axes = range(a.dim() - 1)
-    order = list(axes) if copied else sorted(axes, key=lambda axis: -a.stride(axis))
-    made = a.new_empty([*(a.shape[axis] for axis in order), columns])
-    return made.permute(*(order.index(axis) for axis in axes), -1)
+    if copied:
+        return a.new_empty((*a.shape[:-1], columns))
+    made, axes = memory_of(a.shape, a.stride(), columns)
+    return a.new_empty(made).permute(axes)
 
 
 class OnceDifferentiable(Function):

@@ -1,4 +1,4 @@
-"""Attention of q, k, v and at most kv_lengths over tensors, by their addresses: small calls.
+"""Attention of q, k, v and at most kv_lengths over tensors, by their addresses.
 
 What it does not take, `attention_ops` does by way of arrays; a None here says so.
 """
@@ -27,10 +27,11 @@ def backward(inputs, results, numbers):
     call, at = found
     tensors, shape = (o, lse, do), (*call.lse, inputs[2].shape[3])
     alike = all(t.dtype is inputs[0].dtype and t.is_cpu and not t.is_neg() for t in tensors)
+    addresses = [t.data_ptr() for t in tensors] if alike else [0]
     in_place = o.stride() == do.stride() == call.o.steps and lse.is_contiguous()
-    if not (alike and in_place and o.shape == do.shape == shape and lse.shape == call.lse):
+    if not (all(addresses) and in_place and o.shape == do.shape == shape and lse.shape == call.lse):
         return None
-    return call.backward(at, o.data_ptr(), lse.data_ptr(), do.data_ptr())
+    return call.backward(at, *addresses)
 
 
 def _of_operator(inputs, numbers):
@@ -42,14 +43,16 @@ def _of_operator(inputs, numbers):
     return addressed(q, k, v, kv_lengths, causal or False, left, right, scale, softcap)
 
 
-def addressed(q, k, v, kv_lengths, *numbers):
+def addressed(q, k, v, kv_lengths, causal, left, right, *numbers):
     """A `Plain` and the addresses it takes; None: the arrays have to be looked at."""
+    if not all(side is None or type(side) is int for side in (left, right)):
+        return None  # a tensor would be remembered as itself, whatever it holds later
     dtype = FLOATS.get(q.dtype)
     if dtype is None or not (q.dtype is k.dtype is v.dtype and q.is_cpu and k.is_cpu and v.is_cpu):
         return None
     layouts = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride())
     try:
-        call = plain(dtype, *numbers, *layouts)
+        call = plain(dtype, causal, left, right, *numbers, *layouts)
     except TypeError:  # also for what cannot be remembered
         return None
     if call is None or q.is_neg() or k.is_neg() or v.is_neg():
@@ -67,4 +70,5 @@ def _fit(lengths, call):
     if not (lengths.dtype is torch.int64 and lengths.is_cpu and lengths.shape == (call.B,)):
         return False
     found = lengths.tolist()
-    return lengths.is_contiguous() and min(found) >= 0 and max(found) <= call.S
+    in_place = lengths.is_contiguous() and not lengths.is_neg()
+    return in_place and min(found) >= 0 and max(found) <= call.S

@@ -41,6 +41,9 @@ class _LayerNorm(Recurrent):
             dtype=dtype,
         )
 
+    def extra_repr(self) -> str:
+        return super().extra_repr().replace(", bias=False", "")  # it has no such argument
+
 
 class LayerNormLSTM(_LayerNorm):
     """torch.nn.LSTM with normalised products and cell state: stacked, one or two directions.
@@ -86,7 +89,8 @@ class LayerNormGRU(_LayerNorm):
         r, z = sigmoid(xr + hr + b_r), sigmoid(xz + hz + b_z)
         n = tanh(xn + b_xn + r * (hn + b_hn))        h' = (1 - z) * n + z * h
 
-        LN(a) = (a - mean a) / sqrt(var a + 1e-5), over all gates and units of a row
+        LN(a) = (a - mean a) / sqrt(var a + 1e-5), over all gates and units of a row (the paper
+        normalises n by itself)
 
     Weights are named and drawn as torch.nn.GRU's, which has biases too; here they are in params_l0
     (10, H) and so on: gain_ih r|z|n, gain_hh r|z|n (ones), b_r, b_z, b_xn, b_hn (zeros).

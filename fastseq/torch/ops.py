@@ -65,12 +65,11 @@ def run(spec, x, h0, c0, weights, masks=NO_MASKS, cell_states=False, cache=None)
     if on_gpu(x):
         if spec.cell not in CELLS:
             raise NotImplementedError(f"{spec.op}: it runs on the CPU, got x on {x.device}")
-        if masks.zoneout or masks.recurrent_mask is not None:
-            what = "recurrent dropout and zoneout run on the CPU"
-            raise NotImplementedError(f"{spec.op}: {what}, got x on {x.device}")
         x, h0, c0, *weights = recurrent_cuda.autocast(x, h0, c0, *weights)
     elif x.dtype not in FLOATS or not (x.is_cpu or x.is_meta):
         raise unsupported(spec.cell, "x", x)
+    if masks is not NO_MASKS and differentiated(masks):
+        raise RuntimeError(f"{spec.op}: masks are not differentiable, got one that requires_grad")
     inputs = (x, h0, c0, *weights)
     save = differentiated(inputs)
     if heard(inputs):
@@ -152,6 +151,7 @@ def _forward(spec, x, h0, c0, weights, masks, cell_states, save, cache=None):
     """The kernels on tensors: y, h_n, c_n, c, reserve, None where absent."""
     options = {"cell_states": cell_states, "save": save}
     if on_gpu(x):
+        _refuse_noise(spec, x, masks)
         return recurrent_cuda.forward(spec, x, h0, c0, weights, *masks[:2], **options)
     views, packed = _views(spec, weights, cache, pack=not save)
     x, h0, c0, *masks = [None if t is None else array(t) for t in (x, h0, c0, *masks)]
@@ -163,6 +163,7 @@ def _backward(spec, x, h0, c0, weights, masks, *tensors, needs, cache=None):
     """The kernels on tensors: dx, dh0, dc0, [dweights], None or [] where not needed."""
     wanted = {"needs_x": needs[0], "needs_weights": needs[3]}
     if on_gpu(x):
+        _refuse_noise(spec, x, masks)
         found = recurrent_cuda.backward(spec, x, h0, c0, weights, *masks[:2], *tensors, **wanted)
     else:
         views, _ = _views(spec, weights, cache)
@@ -173,6 +174,12 @@ def _backward(spec, x, h0, c0, weights, masks, *tensors, needs, cache=None):
     *states, dweights = found
     dx, dh0, dc0 = (d if n else None for d, n in zip(states, needs, strict=False))
     return dx, dh0, dc0, dweights or []
+
+
+def _refuse_noise(spec, x, masks):
+    if masks.zoneout or masks.recurrent_mask is not None:
+        what = "recurrent dropout and zoneout run on the CPU"
+        raise NotImplementedError(f"{spec.op}: {what}, got x on {x.device}")
 
 
 class _Recurrence(Function):

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import _check
 from fastseq._spec import KINDS, NO_MASKS, Masks, Spec
-from fastseq.torch._noise import Noise
+from fastseq.torch._noise import NoiseRates
 from fastseq.torch._weights import PackedWeights
 from fastseq.torch.ops import infer, run
 
@@ -28,7 +28,7 @@ class Layers(torch.nn.RNNBase):
     def _specify(self, cell, clip_recurrent_grad, recurrent_dropout, zoneout):
         op = type(self).__name__
         limit = _check.limit(op, "clip_recurrent_grad", clip_recurrent_grad)
-        self._noise = Noise.checked(op, KINDS[cell], recurrent_dropout, zoneout)
+        self._noise = NoiseRates.checked(op, KINDS[cell], recurrent_dropout, zoneout)
         has_zoneout = self._noise is not None and self._noise.zoneout
         if has_zoneout and self.proj_size:
             raise ValueError(f"{op}: zoneout must be 0 with proj_size, got {zoneout}")
@@ -45,9 +45,8 @@ class Layers(torch.nn.RNNBase):
 
     def extra_repr(self) -> str:
         limit = self.clip_recurrent_grad
-        found = {"clip_recurrent_grad": limit} | (self._noise._asdict() if self._noise else {})
-        text = (f", {name}={value}" for name, value in found.items() if value)
-        return super().extra_repr() + "".join(text)
+        text = super().extra_repr() + (f", clip_recurrent_grad={limit}" if limit else "")
+        return text + str(self._noise or "")
 
     def forward(
         self, input: Tensor | PackedSequence, hx: _States | None = None

@@ -27,7 +27,7 @@ def scan(
     zoneout_h: Tensor | None = None,
     zoneout_c: Tensor | None = None,
 ) -> tuple:
-    """A cell of your own over T steps.
+    """A cell of your own, or one of `fastseq.cells`, over T steps.
 
         a = W_ih x + b_ih + W_hh (d * h) + b_hh        d: recurrent_mask, else 1
         m, m_c = cell(a_1, ..., a_G, h, c, params)
@@ -49,8 +49,9 @@ def scan(
         return_cell_states: give c of every step too.
         clip_recurrent_grad: m > 0, or None: no limit. The gradient that flows from a step back into
             the states before it becomes min(max(., -m), m), element by element.
-        recurrent_mask: (B, H), or None. Recurrent dropout, as in `fastseq.scan`; no gradient.
-        zoneout_h: (T, B, H), or None. Zoneout: 1 where h keeps its value; no gradient.
+        recurrent_mask: (B, H), or None. Recurrent dropout, as in `fastseq.scan`; not
+            differentiable, as those below.
+        zoneout_h: (T, B, H), or None. Zoneout: 1 where h keeps its value.
         zoneout_c: (T, B, H), or None: the same for c; only of a cell with c.
 
     Returns:
@@ -60,7 +61,7 @@ def scan(
         TypeError: cell is no such cell, an argument is no tensor, or of another dtype.
         ValueError: a shape, limit or length does not fit.
         NotImplementedError: x is on a GPU. ImportError: Numba is not installed.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative is asked for, or one by a mask.
 
     Accuracy, Cost, Source: `fastseq.scan`, three times its FLOP with gradients.
     Equivalent to: a loop over time around `cell`.

@@ -7,7 +7,7 @@ from fastseq.torch.recurrent_nn import Layers
 
 
 class Recurrent(Layers):
-    """A cell of your own over T steps: stacked layers, one or two directions, as torch.nn's.
+    """A cell of your own, or one of `fastseq.cells`: layers and directions as torch.nn's.
 
         a = W_ih x + b_ih + W_hh h + b_hh        h', c' = cell(a_1, ..., a_G, h, c, params)
 
@@ -19,15 +19,16 @@ class Recurrent(Layers):
         input_size: I.
         hidden_size: H.
         num_layers: how many, each the input of the next.
-        bias: whether there are b_ih and b_hh.
+        bias: whether there are b_ih and b_hh; `fastseq.scan` says what a layer-normalised cell does
+            with them.
         batch_first: input and output are (B, T, .), not (T, B, .).
         dropout: probability in training, between layers.
         bidirectional: a second direction, whose output is appended.
         clip_recurrent_grad: `fastseq.torch.scan`.
         recurrent_dropout: probability in training that a unit's h is not seen by W_hh, drawn once
             for a sequence.
-        zoneout: probability in training that a unit keeps its states for a step, or a pair, of h
-            and of c; in inference the mean over both.
+        zoneout: probability in training that a unit keeps its states for a step, the same for h
+            and c, or (of h, of c); in inference h and c are the mean of kept and new.
         device: of the parameters: the cell runs on the CPU only.
         dtype: float32 or float64.
 

@@ -29,7 +29,7 @@ typedef struct {
     real mean, rstd, d, d_hat;
 } Norm;
 
-/* `planes` vectors at every block, `stride` reals from block to block; lanes past the last unit do not count. */
+/* `planes` vectors at every block, `stride` reals from block to block; lanes past the last unit hold zeros. */
 INLINE Norm norm_of(const Tile *t, const real *a, const int planes, intptr_t stride) {
     vec sum = {0}, squares = {0};
     real n = planes * t->units;
@@ -80,8 +80,8 @@ INLINE vec norm_backward(Norm norm, vec d, vec hat) { return norm.rstd * (d - no
                 h_d += d;                                                                                              \
                 h_hat += d * hat;                                                                                      \
             }                                                                                                          \
-        x.d = sum_lanes(x_d) / n, x.d_hat = sum_lanes(x_hat) / n;                                                              \
-        h.d = sum_lanes(h_d) / n, h.d_hat = sum_lanes(h_hat) / n;                                                              \
+        x.d = sum_lanes(x_d) / n, x.d_hat = sum_lanes(x_hat) / n;                                                      \
+        h.d = sum_lanes(h_d) / n, h.d_hat = sum_lanes(h_hat) / n;                                                      \
         FOR_EACH_BLOCK(t)                                                                                              \
             for (int p = 0; p < GATES_OF_CELL; p++) {                                                                  \
                 vec dx = load(D_BIAS(p)) * PARAM(p), dh = load(D_BIAS(of_h)) * PARAM(GATES_OF_CELL + p);               \

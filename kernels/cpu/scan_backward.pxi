@@ -26,8 +26,8 @@ cdef struct Backward:
     real **acc_row
     Rows rows
     Rows cell_rows              # the same as the cell is to see them, with zoneout
-    real **zoneout_h
-    real **zoneout_c
+    const real **zoneout_h      # rows, NULL without
+    const real **zoneout_c
     real *past_h                # (n, H): the gradient that zoneout leads past the cell
     real *past_c
     real *dc_in                 # (n, H): what it leaves of dc for the cell
@@ -73,8 +73,8 @@ cdef void backward_regularise_layout(Backward *g, char **arena) noexcept nogil:
     cdef int slot
     for slot in range(SLOTS):
         g.cell_rows.row[slot] = <real **>take(arena, n * pointer)
-    g.zoneout_h = <real **>take(arena, n * pointer)
-    g.zoneout_c = <real **>take(arena, n * pointer)
+    g.zoneout_h = <const real **>take(arena, n * pointer)
+    g.zoneout_c = <const real **>take(arena, n * pointer)
     g.past_h = <real *>take(arena, n * H * sizeof(real))
     g.past_c = <real *>take(arena, n * H * sizeof(real))
     g.dc_in = <real *>take(arena, n * H * sizeof(real))
@@ -189,8 +189,8 @@ cdef void zoneout_rows(Backward *g, Py_ssize_t i, Py_ssize_t t, Py_ssize_t b) no
     if job.shape.cell.has_c:
         g.cell_rows.row[DC_EXTERNAL][i] = g.part.zero
         g.cell_rows.row[DC_IN][i] = g.dc_in + i * job.shape.H
-    g.zoneout_h[i] = row_of_step(job.zoneout_h, job, t, b, g.part.zero)
-    g.zoneout_c[i] = row_of_step(job.zoneout_c, job, t, b, g.part.zero)
+    g.zoneout_h[i] = row_of_step(job.zoneout_h, job, t, b)
+    g.zoneout_c[i] = row_of_step(job.zoneout_c, job, t, b)
 
 
 cdef void collect(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) noexcept nogil:
@@ -232,13 +232,13 @@ cdef void zoneout_split(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit
     for r in range(i, i + n):
         add_real_row(product, row[DY][r] + unit, valid)
         add_real_row(product, row[DH_IN][r] + unit, valid)
-        split_row(product, g.past_h + r * H_ + unit, g.zoneout_h[r] + unit, valid)
+        split_row(product, g.past_h + r * H_ + unit, at_unit(g.zoneout_h[r], unit), valid)
         product += width
         if row[DC_IN] != NULL:
             dc = g.dc_in + r * H_ + unit
             memcpy(dc, row[DC_IN][r] + unit, valid * sizeof(real))
             add_real_row(dc, row[DC_EXTERNAL][r] + unit, valid)
-            split_row(dc, g.past_c + r * H_ + unit, g.zoneout_c[r] + unit, valid)
+            split_row(dc, g.past_c + r * H_ + unit, at_unit(g.zoneout_c[r], unit), valid)
 
 
 cdef void zoneout_join(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width) noexcept nogil:

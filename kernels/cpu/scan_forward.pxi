@@ -24,8 +24,8 @@ cdef struct Forward:
     real **c_out
     real **h_in                 # what W_hh is applied to
     real *masked                # (n, R) with recurrent dropout
-    real **zoneout_h
-    real **zoneout_c
+    const real **zoneout_h      # rows, NULL without
+    const real **zoneout_c
 
 
 cdef void forward_layout(Forward *f, char **arena) noexcept nogil:
@@ -44,8 +44,8 @@ cdef void forward_layout(Forward *f, char **arena) noexcept nogil:
     f.rows.row[C] = <real **>take(arena, n * pointer) if s.cell.has_c else NULL
     f.h_out = <real **>take(arena, n * pointer) if s.P > 0 or job.zoneout else f.rows.row[H]
     f.c_out = <real **>take(arena, n * pointer) if job.zoneout else f.rows.row[C]
-    f.zoneout_h = <real **>take(arena, n * pointer)
-    f.zoneout_c = <real **>take(arena, n * pointer)
+    f.zoneout_h = <const real **>take(arena, n * pointer)
+    f.zoneout_c = <const real **>take(arena, n * pointer)
     f.h_in = <real **>take(arena, n * pointer) if job.recurrent_mask != NULL else f.rows.row[H_PREV]
     f.masked = <real *>take(arena, n * s.R * sizeof(real) if job.recurrent_mask != NULL else 0)
 
@@ -106,8 +106,8 @@ cdef void forward_rows(Forward *f, Py_ssize_t s, Py_ssize_t active) noexcept nog
             f.h_in[i] = f.masked + i * shape.R
             mask_row(f.h_in[i], h_prev, job.recurrent_mask + b * shape.R, shape.R)
         if job.zoneout:
-            f.zoneout_h[i] = row_of_step(job.zoneout_h, job, t, b, f.part.zero)
-            f.zoneout_c[i] = row_of_step(job.zoneout_c, job, t, b, f.part.zero)
+            f.zoneout_h[i] = row_of_step(job.zoneout_h, job, t, b)
+            f.zoneout_c[i] = row_of_step(job.zoneout_c, job, t, b)
         if shape.cell.has_c:
             c_prev = c_out = job.c_n + b * shape.H
             if job.c != NULL:
@@ -128,9 +128,9 @@ cdef void zoneout(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ss
     cdef Py_ssize_t valid = imin(width, f.part.job.shape.H - unit), r
     cdef real ***row = f.rows.row
     for r in range(i, i + n):
-        blend_row(f.h_out[r] + unit, row[H][r] + unit, row[H_PREV][r] + unit, f.zoneout_h[r] + unit, valid)
+        blend_row(f.h_out[r] + unit, row[H][r] + unit, row[H_PREV][r] + unit, at_unit(f.zoneout_h[r], unit), valid)
         if row[C] != NULL:
-            blend_row(f.c_out[r] + unit, row[C][r] + unit, row[C_PREV][r] + unit, f.zoneout_c[r] + unit, valid)
+            blend_row(f.c_out[r] + unit, row[C][r] + unit, row[C_PREV][r] + unit, at_unit(f.zoneout_c[r], unit), valid)
 
 
 cdef inline void forward_cell(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit,
@@ -149,7 +149,7 @@ cdef inline void forward_panels(Forward *f, Py_ssize_t panel, Py_ssize_t panels,
 
 
 cdef void forward_whole_rows(Forward *f, Py_ssize_t active) noexcept nogil:
-    """The cell that does."""
+    """The cell that waits for all panels."""
     cdef const Shape *s = &f.part.job.shape
     cdef Py_ssize_t i
     if s.cell.whole_rows:

@@ -11,14 +11,14 @@ The gradients are the same scan the other way, a and resets shifted by a step. B
 C alone.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from fastseq.kernels.numba import native
 from fastseq.kernels.numba.native import OPTIONS, at, stack, take
 from numba import carray, njit
 
-CHUNK = 512  # at least so many steps: 15 groups of lanes for the threads at T = 65536
+CHUNK = 512  # about so many steps: 15 groups of lanes for the threads at T = 65536
 LANES, FOLD_LANES = 8, 4
 
 _NUMBERS = ("T", "B", "C", "itemsize", "chunk", "chunks", "ends", "products", "states", "wild")
@@ -189,13 +189,14 @@ def _kernels(itemsize):
     return native.compile_all(f"linear_scan in chunks for {8 * itemsize}-bit numbers", functions)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _cut(T):
     """Steps of a chunk, and how many: whole groups of lanes, where time ends they are shorter.
 
-    Chunks near a multiple of 512 bytes apart would share few sets of the L1 cache.
+    Lanes near a multiple of 128 steps apart would share few sets of the L1 cache.
     """
-    for groups in range(T // (LANES * CHUNK), 1, -1):
+    wanted = T // (LANES * CHUNK)
+    for groups in sorted(range(max(wanted - 8, 1), wanted + 9), key=lambda g: abs(g - wanted)):
         chunk = -(-T // (LANES * groups))
         if 16 <= chunk % 128 <= 112:
             return chunk, LANES * groups
