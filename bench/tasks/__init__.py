@@ -1,8 +1,7 @@
 """The family "tasks": one small sequence task for every claim of the field, trained end to end.
 
 To add one: a module with `run(full, out, progress) -> JobReport`, as adding.py, and its name below.
-Many-to-many on real text, the character language model, is the job of the families "rnn" and
-"attention", which train it side by side with torch in the same way: not run a second time here.
+`charlm`, many-to-many on real text, is the end-to-end job of the family "rnn" too, one folder up.
 """
 
 from collections.abc import Callable
@@ -11,10 +10,12 @@ from importlib import import_module
 from ..families import Case, Family, Job, JobReport, Run, Setup
 
 NAMES = ("classify", "adding", "copy_memory", "order", "bottleneck", "clipping", "one_to_many")
+LANGUAGE_MODEL = "charlm"
 
 
 def _run(name: str, run: Run, progress: Callable[[float], None]) -> JobReport:
-    task = import_module(f".{name}", __name__)  # torch and the task's data, when it is its turn
+    where = f"..{name}" if name == LANGUAGE_MODEL else f".{name}"
+    task = import_module(where, __name__)  # torch and the task's data, when it is its turn
     return task.run(run.full, run.out, progress)
 
 
@@ -32,5 +33,5 @@ FAMILY = Family(
     peers=(),
     contenders=lambda case: (),
     prepare=_no_rows,
-    jobs=tuple(map(_job, NAMES)),
+    jobs=tuple(map(_job, (*NAMES, LANGUAGE_MODEL))),
 )
