@@ -91,7 +91,7 @@ class _Call:
             c = c[:, :, place.c]
         if m is None and (self.plan.P or self.zoneout):
             m = np.empty((1, self.plan.B, self.plan.H), self.plan.dtype)
-        if m_c is None and self.zoneout:
+        if m_c is None and self.zoneout and self.plan.c_n is not None:
             m_c = np.empty((1, self.plan.B, self.plan.H), self.plan.dtype)
         y = y if place.y is None else y[:, :, place.y]
         i = place.index

@@ -3,8 +3,9 @@
 #   recurrent dropout   GATES += (d * h_{t-1}) W_hh'                one d (B, R) for all steps; Gal & Ghahramani 2016
 #   zoneout             h_t = z * h_{t-1} + (1 - z) * h'            z (T, B, H), and c_t likewise; Krueger et al. 2017
 #
-# h', c' are the cell's and kept for backward. Its row tables lead there; what follows moves them to y and c, and the
-# gradients back. Cost: a few passes over the states of a step, beside the product's G H per element.
+# The cell's own h' and c' stand apart from y and c, kept where its backward reads them: its row tables lead there, and
+# what follows moves them to y and c, and the gradients back. Cost: a few passes over the states of a step, beside the
+# product's G H per element.
 
 cdef void mask_row(real *to, const real *h, const real *mask, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t k
@@ -31,12 +32,6 @@ cdef void split_row(real *made, real *before, const real *z, Py_ssize_t n) noexc
     for k in range(n):
         before[k] = z[k] * made[k]
         made[k] = (1 - z[k]) * made[k]
-
-
-cdef void add_real_row(real *to, const real *a, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t k
-    for k in range(n):
-        to[k] += a[k]
 
 
 cdef inline const real *row_of_step(const real *a, const Job *job, Py_ssize_t t, Py_ssize_t b) noexcept nogil:

@@ -230,14 +230,14 @@ cdef void zoneout_split(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit
     cdef real ***row = g.rows.row
     cdef real *dc
     for r in range(i, i + n):
-        add_real_row(product, row[DY][r] + unit, valid)
-        add_real_row(product, row[DH_IN][r] + unit, valid)
+        add_row(product, row[DY][r] + unit, valid)
+        add_row(product, row[DH_IN][r] + unit, valid)
         split_row(product, g.past_h + r * H_ + unit, at_unit(g.zoneout_h[r], unit), valid)
         product += width
         if row[DC_IN] != NULL:
             dc = g.dc_in + r * H_ + unit
             memcpy(dc, row[DC_IN][r] + unit, valid * sizeof(real))
-            add_real_row(dc, row[DC_EXTERNAL][r] + unit, valid)
+            add_row(dc, row[DC_EXTERNAL][r] + unit, valid)
             split_row(dc, g.past_c + r * H_ + unit, at_unit(g.zoneout_c[r], unit), valid)
 
 
@@ -248,9 +248,9 @@ cdef void zoneout_join(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit,
     for r in range(i, i + n):
         if not s.cell.dh_direct:
             memset(g.dh_row[r] + unit, 0, valid * sizeof(real))
-        add_real_row(g.dh_row[r] + unit, g.past_h + r * s.H + unit, valid)
+        add_row(g.dh_row[r] + unit, g.past_h + r * s.H + unit, valid)
         if s.cell.has_c:
-            add_real_row(g.rows.row[DC_OUT][r] + unit, g.past_c + r * s.H + unit, valid)
+            add_row(g.rows.row[DC_OUT][r] + unit, g.past_c + r * s.H + unit, valid)
 
 
 cdef inline void backward_cell(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width,
