@@ -65,8 +65,9 @@ cdef void run_forward(Call *call, int rank, int size) noexcept nogil:
         for b in range(call.p.B):
             own = max(own, key_blocks(&call.p, b) * f.block_reals)
     take(&arena, own * sizeof(real))
-    if posix_memalign(<void **>&at, 64, <size_t>arena):
-        call.failed, at = True, NULL
+    at = <char *>get_memory(<size_t>arena)
+    if at == NULL:
+        call.failed = True
     barrier_wait(call.barrier, size)
     if not call.failed:
         arena = at
@@ -86,8 +87,9 @@ cdef void run_backward(Call *call, int rank, int size) noexcept nogil:
     memset(&g, 0, sizeof(Backward))
     g.p, g.all_parts, g.part_first = &call.p, call.parts, call.part_first
     backward_layout(&g, &arena)
-    if posix_memalign(<void **>&at, 64, <size_t>arena):
-        call.failed, at = True, NULL
+    at = <char *>get_memory(<size_t>arena)
+    if at == NULL:
+        call.failed = True
     barrier_wait(call.barrier, size)
     if not call.failed:
         arena = at
@@ -127,30 +129,35 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     cdef Decode d
     cdef char *none = NULL
     cdef Py_ssize_t reals = 0, b, waves = p.B * p.NK
-    if posix_memalign(<void **>&call.barrier, 64, 128 + (waves + 2) * sizeof(int64_t)):
+    call.barrier = <Barrier *>get_memory(128 + (waves + 2) * sizeof(int64_t))
+    if call.barrier == NULL:
         return False
     memset(call.barrier, 0, 128 + (waves + 2) * sizeof(int64_t))
     call.counters = <int64_t *>(<char *>call.barrier + 128)
     if call.backward:
         if backward_heads(p, threads):
             return True
-        if posix_memalign(<void **>&call.part_first, 64, (p.B + 1) * sizeof(int64_t)):
+        call.part_first = <int64_t *>get_memory((p.B + 1) * sizeof(int64_t))
+        if call.part_first == NULL:
             return False
         for b in range(p.B):
             call.part_first[b] = reals
             reals += slabs(p, b) * p.NH * p.q_len[b] * round_up(p.D)
-        return posix_memalign(<void **>&call.parts, 64, max(reals, 1) * sizeof(real)) == 0
+        call.parts = <real *>get_memory(max(reals, 1) * sizeof(real))
+        return call.parts != NULL
     memset(&f, 0, sizeof(Forward))
     f.p = d.p = p
     forward_layout(&f, &none)
     decode_sizes(&d)
     reals = p.B * p.NK * d.chunks * MOST_DECODE_ROWS * d.part_row
-    if posix_memalign(<void **>&call.parts, 64, max(reals, 1) * sizeof(real)):
+    call.parts = <real *>get_memory(max(reals, 1) * sizeof(real))
+    if call.parts == NULL:
         return False
     if whole_heads(p, threads):
         return True
     reals = wave_reals(p, f.block_reals)
-    return posix_memalign(<void **>&call.packed, 64, max(reals, 1) * sizeof(real)) == 0
+    call.packed = <real *>get_memory(max(reals, 1) * sizeof(real))
+    return call.packed != NULL
 
 
 cdef int run(Call *call, int threads) except -1:

@@ -7,8 +7,8 @@ from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 
-cdef extern from "<stdlib.h>" nogil:
-    int posix_memalign(void **at, size_t alignment, size_t size)
+cdef extern from "memory.h" nogil:
+    void *get_memory(size_t n)
 
 
 cdef extern from "tile.h" nogil:

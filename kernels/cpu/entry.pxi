@@ -121,8 +121,9 @@ cdef void run_forward(Part part, bint *failed) noexcept nogil:
     own_panels(&part, s.H, s.units * VL, &f.p0, &f.p1)
     own_panels(&part, s.P, 4 * VL, &f.q0, &f.q1)
     forward_layout(&f, &arena)
-    if posix_memalign(<void **>&at, 64, <size_t>arena):
-        failed[0], at = True, NULL
+    at = <char *>get_memory(<size_t>arena)
+    if at == NULL:
+        failed[0] = True
     barrier_wait(part.barrier, part.size)
     if not failed[0]:
         arena = at
@@ -145,8 +146,9 @@ cdef void run_backward(Part part, char *workspace, bint *failed) noexcept nogil:
     own_panels(&part, s.R, 4 * VL, &g.r0, &g.r1)
     own_panels(&part, s.H, 4 * VL, &g.u0, &g.u1)
     backward_layout(&g, &arena)
-    if posix_memalign(<void **>&at, 64, <size_t>arena):
-        failed[0], at = True, NULL
+    at = <char *>get_memory(<size_t>arena)
+    if at == NULL:
+        failed[0] = True
     barrier_wait(part.barrier, part.size)
     if not failed[0]:
         arena = at
@@ -203,7 +205,8 @@ cdef int run(Call *call, int threads) except -1:
     cdef char *arena
     with nogil:
         threads = team_size(call, threads) if gomp.parallel != NULL else 1
-        failed = posix_memalign(<void **>&call.barriers, 64, BARRIER_BYTES * MAX_JOBS) != 0
+        call.barriers = <Barrier *>get_memory(BARRIER_BYTES * MAX_JOBS)
+        failed = call.barriers == NULL
         if not failed:
             memset(call.barriers, 0, BARRIER_BYTES * MAX_JOBS)
         for i in range(call.n_jobs):
@@ -211,7 +214,8 @@ cdef int run(Call *call, int threads) except -1:
             if call.backward and not failed:
                 g.part.job, arena = &call.jobs[i], NULL
                 backward_shared(&g, &arena)
-                failed = posix_memalign(<void **>&call.workspace[i], 64, <size_t>arena) != 0
+                call.workspace[i] = <char *>get_memory(<size_t>arena)
+                failed = call.workspace[i] == NULL
         if not failed:
             if threads == 1:
                 run_member(call, 0, 1)
