@@ -90,11 +90,12 @@ static void rnn_relu_backward(const Tile *t) {
 #define PLANES 4
 static void gru_forward(const Tile *t) {
     FOR_EACH_VECTOR(t) {
-        vec r_ = sigmoid(load(PLANE(1))), z = sigmoid(load(PLANE(2)));
-        vec n = tanh_(load(PLANE(0)) + r_ * load(PLANE(3)));
+        store(PLANE(1), sigmoid(load(PLANE(1))));
+        store(PLANE(2), sigmoid(load(PLANE(2))));
+    }
+    FOR_EACH_VECTOR(t) {
+        vec z = load(PLANE(2)), n = tanh_(load(PLANE(0)) + load(PLANE(1)) * load(PLANE(3)));
         store(PLANE(0), n);
-        store(PLANE(1), r_);
-        store(PLANE(2), z);
         store(AT(H), (1 - z) * n + z * load(AT(H_PREV)));
     }
 }
@@ -123,8 +124,8 @@ static void lstm_forward(const Tile *t) {
         store(PLANE(2), g);
         store(PLANE(3), o);
         store(AT(C), c);
-        store(AT(H), o * tanh_(c));
     }
+    FOR_EACH_VECTOR(t) store(AT(H), load(PLANE(3)) * tanh_(load(AT(C))));
 }
 
 static void lstm_backward(const Tile *t) {
