@@ -70,7 +70,7 @@ DOTS(1) DOTS(2) DOTS(3) DOTS(4)
 #define WEIGH(R, NV)                                                                                                   \
     static __attribute__((noinline, unused)) void weigh_##R##x##NV(const real *const *p, const real *v, intptr_t ld,  \
                                                                    intptr_t n, real *const *o, intptr_t d) {           \
-        tile_fixed(R, NV, 0, p, 0, 0, n, v + d, ld, 0, o, d);                                                          \
+        tile_fixed(R, NV, 0, p, 0, 0, n, v + d, ld, WEIGH_KEYS * ld, 0, o, d);                                                     \
     }
 #define WIDTHS(R) WEIGH(R, 1) WEIGH(R, 2) WEIGH(R, 3) WEIGH(R, 4)
 WIDTHS(1) WIDTHS(2) WIDTHS(3) WIDTHS(4)
@@ -99,8 +99,6 @@ static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, c
             pj[r] = p[r] + j;
         while (d + VL <= DV) {
             intptr_t nv = (DV - d) / VL < most ? (DV - d) / VL : most;
-            for (intptr_t i = keys * d / DV; i < keys * (d + nv * VL) / DV; i++) /* of the next keys, their part */
-                prefetch_row(v + (j + WEIGH_KEYS + i) * ld, DV);
             fn[rows][nv](pj, v + j * ld, ld, keys, o, d);
             d += nv * VL;
         }

@@ -38,8 +38,8 @@ INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
  * copy. Step k of w is ldw reals after step k - 1. init: NULL to add to c, else one row that every row of c starts
  * from. */
 INLINE void tile_fixed(const int rows, const int nv, const int turned, const real *const *a, intptr_t lda,
-                       intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, const real *init, real *const *c,
-                       intptr_t col) {
+                       intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, intptr_t ahead, const real *init,
+                       real *const *c, intptr_t col) {
     const real *row[MAX_ROWS];
     UNROLL
     for (int r = 0; r < rows; r++)
@@ -50,8 +50,11 @@ INLINE void tile_fixed(const int rows, const int nv, const int turned, const rea
         for (; k0 < end; k0++, w += ldw) {
             vec wk[4];
             UNROLL
-            for (int j = 0; j < nv; j++)
+            for (int j = 0; j < nv; j++) {
                 wk[j] = load(w + j * VL);
+                if (ahead && (VBYTES == 64 || j * VBYTES % 64 == 0))
+                    __builtin_prefetch(w + j * VL + ahead, 0, 3);
+            }
             UNROLL
             for (int r = 0; r < rows; r++) {
                 vec ark = broadcast(turned ? row[0][r] : row[r][k0]);
@@ -75,7 +78,7 @@ INLINE void tile_fixed(const int rows, const int nv, const int turned, const rea
     static __attribute__((noinline, unused)) void tile_##R##x##NV(                                                     \
         const real *const *a, intptr_t k0, intptr_t k1, const real *w, const real *init, real *const *c,               \
         intptr_t col) {                                                                                                \
-        tile_fixed(R, NV, 0, a, 0, k0, k1, w, NV * VL, init, c, col);                                                  \
+        tile_fixed(R, NV, 0, a, 0, k0, k1, w, NV * VL, 0, init, c, col);                                                  \
     }
 TILE(1, 3) TILE(2, 3) TILE(3, 3) TILE(4, 3) TILE(1, 4) TILE(2, 4) TILE(3, 4)
 #if VBYTES == 64
