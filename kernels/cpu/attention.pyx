@@ -40,6 +40,7 @@ cdef extern from "attention.h" nogil:
         real keep_scale
     void narrow(RowOptions *o, Py_ssize_t *lo, Py_ssize_t *hi)
     real finish_scores(const RowOptions *o, real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, real *factor)
+    void prefetch_keys(const real *row, Py_ssize_t stride, Py_ssize_t lo, Py_ssize_t hi)
     real exponentials(real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t z0, Py_ssize_t z1, real m)
     uint64_t dropout_key(uint64_t seed, uint64_t head, uint64_t query)
     void drop(const RowOptions *o, real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi)

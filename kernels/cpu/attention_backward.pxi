@@ -194,6 +194,10 @@ cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, 
         if clip(&g.options[first + r], g.limit[segment + first + r].lo, g.limit[segment + first + r].hi, j0, j0 + n,
                 &g.at[first + r]):
             tile.lo, tile.hi = imin(tile.lo, g.at[first + r].lo), max(tile.hi, g.at[first + r].hi)
+            prefetch_keys(g.options[first + r].bias, g.options[first + r].bias_j, g.at[first + r].lo, g.at[first + r].hi)
+            if p.dbias.data != NULL:
+                prefetch_keys(p.dbias.data + b * p.dbias.stride[0] + h * p.dbias.stride[1] + i * p.dbias.stride[2],
+                              p.dbias.stride[3], g.at[first + r].lo, g.at[first + r].hi)
         q[r], d_o[r] = g.q_rows + (segment + first + r) * round_up(p.D), of_query(p, &p.d_o, b, h, i)
         w[r], ds[r] = g.weights + (first + r) * BACK_ROW, g.ds + (first + r) * BACK_ROW
         dq[r] = dq_part(g, b, slab, h, i)

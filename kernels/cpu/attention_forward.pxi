@@ -103,6 +103,7 @@ cdef void forward_tile(Forward *f, Py_ssize_t first, int rows, Py_ssize_t j0, Py
     for r in range(rows):
         if clip(&f.options[first + r], f.row[first + r].lo, f.row[first + r].hi, j0, j0 + n, &at[r]):
             tile.lo, tile.hi = imin(tile.lo, at[r].lo), max(tile.hi, at[r].hi)
+            prefetch_keys(f.options[first + r].bias, f.options[first + r].bias_j, at[r].lo, at[r].hi)
         q[r] = f.q + (first + r) * p.D
         s[r] = f.s + r * SCORE_ROW
         acc[r] = f.acc + (first + r) * round_up(p.DV)

@@ -241,6 +241,12 @@ static __attribute__((unused)) real exponentials(real *s, intptr_t j0, intptr_t 
     return sum_lanes(sum);
 }
 
+/* Keys [lo, hi) of a row of the bias or its gradient, asked for while the products that meet them are computed. */
+INLINE void prefetch_keys(const real *row, intptr_t stride, intptr_t lo, intptr_t hi) {
+    for (intptr_t j = lo; j < hi && row && stride == 1; j += 64 / sizeof(real))
+        __builtin_prefetch(row + j, 0, 3);
+}
+
 /* ---- dropout: 32 bits for every (seed, batch, head, query, key), from counters alone */
 
 INLINE uint64_t splitmix64(uint64_t z) {
