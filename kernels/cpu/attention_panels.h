@@ -99,10 +99,7 @@ static __attribute__((unused)) int pack_panels(const real *src, intptr_t ld, int
                 store(dst + col * K + k * width + j, v);
             }
     }
-    real sum = 0;
-    for (int l = 0; l < VL; l++)
-        sum += bad[l];
-    return sum == 0;
+    return sum_lanes(bad) == 0;
 }
 
 /* dst panels [D][keys] of the transposed rows src + j * ld. Columns past the last key are zeros. */

@@ -65,6 +65,15 @@ INLINE vec max_(vec a, vec b) {
 #endif
 }
 
+/* A lane's NaN may be passed over. */
+INLINE real max_lanes(vec v) {
+    v = VL > 8 ? max_(v, FAR_LANES(v, 8)) : v;
+    v = VL > 4 ? max_(v, FAR_LANES(v, 4)) : v;
+    v = VL > 2 ? max_(v, FAR_LANES(v, 2)) : v;
+    v = max_(v, FAR_LANES(v, 1));
+    return v[0];
+}
+
 /* e^x for x <= 0; 0 below -EXP_MAX; NaN stays. Max error 1.1 ULP (float32, every level but AVX-512 tried). */
 INLINE vec exp_nonpositive(vec x) {
     vec scale, p = expm1_reduced(max_(broadcast(-EXP_MAX), x), &scale);
@@ -215,10 +224,7 @@ static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, 
         most[0] = max_(most[0], x);
         j += VL;
     }
-    most[0] = max_(most[0], most[1]);
-    real m = most[0][0];
-    for (int l = 1; l < VL; l++)
-        m = most[0][l] > m ? most[0][l] : m;
+    real m = max_lanes(max_(most[0], most[1]));
     for (j = lo; j < hi && m == -(real)INFINITY; j++) /* the maximum passes over NaN */
         m = s[j] != s[j] ? s[j] : m;
     return m;

@@ -147,19 +147,6 @@ INLINE void row_tile(intptr_t panels, int nv, const real *a, intptr_t k0, intptr
  * AVX2, 64 columns), against 0.98 with shuffles that are no single instruction and a branch for every row. */
 #define LOWER(l, d) ((l) & (d) ? VL + ((l) ^ (d)) : (l))
 #define UPPER(l, d) ((l) & (d) ? VL + (l) : (l) ^ (d))
-#define LANES2(F, d, at) F(at, d), F(at + 1, d)
-#define LANES4(F, d, at) LANES2(F, d, at), LANES2(F, d, at + 2)
-#define LANES8(F, d, at) LANES4(F, d, at), LANES4(F, d, at + 4)
-#define LANES16(F, d, at) LANES8(F, d, at), LANES8(F, d, at + 8)
-#if VBYTES * 8 / REAL_BITS == 16
-#define LANES(F, d) LANES16(F, d, 0)
-#elif VBYTES * 8 / REAL_BITS == 8
-#define LANES(F, d) LANES8(F, d, 0)
-#elif VBYTES * 8 / REAL_BITS == 4
-#define LANES(F, d) LANES4(F, d, 0)
-#else
-#define LANES(F, d) LANES2(F, d, 0)
-#endif
 #define BUTTERFLY(d)                                                                                                   \
     for (int i = 0; i < VL && d < VL; i++)                                                                             \
         if (!(i & (d))) {                                                                                              \

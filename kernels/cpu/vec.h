@@ -46,11 +46,31 @@ INLINE void store(real *p, vec v) { memcpy(p, &v, sizeof v); }
 INLINE vec broadcast(real a) { return a - (vec){0}; }
 INLINE vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 
+/* F(lane, d) of every lane: the list that a shuffle takes. */
+#define LANES2(F, d, at) F(at, d), F(at + 1, d)
+#define LANES4(F, d, at) LANES2(F, d, at), LANES2(F, d, at + 2)
+#define LANES8(F, d, at) LANES4(F, d, at), LANES4(F, d, at + 4)
+#define LANES16(F, d, at) LANES8(F, d, at), LANES8(F, d, at + 8)
+#if VBYTES * 8 / REAL_BITS == 16
+#define LANES(F, d) LANES16(F, d, 0)
+#elif VBYTES * 8 / REAL_BITS == 8
+#define LANES(F, d) LANES8(F, d, 0)
+#elif VBYTES * 8 / REAL_BITS == 4
+#define LANES(F, d) LANES4(F, d, 0)
+#else
+#define LANES(F, d) LANES2(F, d, 0)
+#endif
+
+#define FAR(l, d) ((l) ^ (d))
+#define FAR_LANES(v, d) __builtin_shufflevector(v, v, LANES(FAR, (d) % VL))
+
+/* The lanes' sum by halves: one lane after the other, VL additions would wait for each other. */
 INLINE real sum_lanes(vec v) {
-    real s = v[0];
-    for (int l = 1; l < VL; l++)
-        s += v[l];
-    return s;
+    v = VL > 8 ? v + FAR_LANES(v, 8) : v;
+    v = VL > 4 ? v + FAR_LANES(v, 4) : v;
+    v = VL > 2 ? v + FAR_LANES(v, 2) : v;
+    v += FAR_LANES(v, 1);
+    return v[0];
 }
 
 #if defined(__x86_64__)
