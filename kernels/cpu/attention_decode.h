@@ -13,24 +13,27 @@ INLINE void prefetch_row(const real *row, intptr_t n) {
         __builtin_prefetch(row + d, 0, 3);
 }
 
-/* s[r][j] = q[r] . k_j for rows r and keys j of [0, n): k_j is k + j * ld. The keys are read once, and not packed;
- * several at a time, or what is done for each costs as much as its products. */
+/* s[r][j] = q[r] . k_j for rows r and keys j of [0, n): k_j is k + j * ld. The keys are read once, and not packed; as
+ * many at a time as give a whole vector of sums, or what is done for each costs as much as its products. */
 INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intptr_t ld, intptr_t n, intptr_t D,
                        real *const *s) {
-    const int keys = rows > 2 || VL < 4 ? 2 : 4;
+    const int places = rows == 3 ? 4 : rows; /* of which the vectors are a multiple */
+    const int keys = VL > places ? VL / places : 1, together = rows == 1 && keys > 4 ? 8 : keys < 4 ? keys : 4;
     intptr_t ahead = (AHEAD_BYTES / (D * sizeof(real)) + 1) * ld;
-    for (intptr_t j = 0; j < n; j += VL) {
-        vec lanes[DECODE_ROWS][VL];
-        for (int l = 0; l < VL; l += keys) {
-            vec acc[4][DECODE_ROWS] = {};
-            const real *key[4];
+    for (intptr_t j = 0; j < n; j += keys) {
+        vec lanes[VL > DECODE_ROWS ? VL : DECODE_ROWS] = {};
+        real sums[VL > DECODE_ROWS ? VL : DECODE_ROWS];
+        UNROLL
+        for (int l = 0; l < keys; l += together) {
+            vec acc[8][DECODE_ROWS] = {};
+            const real *key[8];
             intptr_t d = 0;
             UNROLL
-            for (int i = 0; i < keys; i++)
+            for (int i = 0; i < together; i++)
                 key[i] = k + (j + l + i < n ? j + l + i : n - 1) * ld;
             for (; d + VL <= D; d += VL)
                 UNROLL
-                for (int i = 0; i < keys; i++) {
+                for (int i = 0; i < together; i++) {
                     vec kd = load(key[i] + d);
                     if (VBYTES == 64 || d * sizeof(real) % 64 == 0)
                         __builtin_prefetch(key[i] + ahead + d, 0, 3);
@@ -40,7 +43,7 @@ INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intp
                 }
             if (d < D)
                 UNROLL
-                for (int i = 0; i < keys; i++) {
+                for (int i = 0; i < together; i++) {
                     vec kd = {};
                     memcpy(&kd, key[i] + d, (D - d) * sizeof(real));
                     UNROLL
@@ -48,13 +51,17 @@ INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intp
                         acc[i][r] += kd * load(q[r] + d);
                 }
             UNROLL
-            for (int i = 0; i < keys; i++)
+            for (int i = 0; i < together; i++)
                 UNROLL
                 for (int r = 0; r < rows; r++)
-                    lanes[r][l + i] = acc[i][r];
+                    lanes[r * keys + l + i] = acc[i][r];
         }
+        UNROLL
+        for (int v = 0; v < places * keys; v += VL)
+            store(sums + v, sum_rows(lanes + v));
+        UNROLL
         for (int r = 0; r < rows; r++)
-            store(s[r] + j, sum_rows(lanes[r]));
+            memcpy(s[r] + j, sums + r * keys, keys * sizeof(real));
     }
 }
 

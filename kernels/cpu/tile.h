@@ -31,7 +31,7 @@ INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
 
 /* a: row r is a[r][k], or if `turned` a[0][k * lda + r], so that a product with a transposed left side needs no
