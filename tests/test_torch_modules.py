@@ -1,7 +1,10 @@
-"""fastseq.torch.nn against torch.nn: the same parameters, results, errors; packed weights."""
+"""fastseq.torch.nn's recurrent layers against torch.nn's: the same parameters, results, errors.
+
+What becomes of packed weights stands in test_torch_modules_weights.py, cells in
+test_torch_modules_cells.py.
+"""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -9,105 +12,27 @@ from tolerance import assert_close
 
 torch = pytest.importorskip("torch")
 
-from torch.nn.utils import prune  # noqa: E402
-from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence  # noqa: E402
+from torch.nn.utils.rnn import pad_packed_sequence  # noqa: E402
+from torch_modules_running import (  # noqa: E402
+    LAYOUTS,
+    B,
+    H,
+    I,
+    T,
+    assert_same,
+    every_case,
+    every_kind,
+    flat,
+    hx_for,
+    pair,
+    ragged,
+    raised_by,
+)
 
 import fastseq.torch.nn as fnn  # noqa: E402
-from fastseq.torch import cells_nn, recurrent_nn  # noqa: E402
+from fastseq.torch import recurrent_nn  # noqa: E402
 
-I, H, T, B = 5, 4, 7, 3  # noqa: E741
-KINDS = {
-    "tanh": ("RNN", {}),
-    "relu": ("RNN", {"nonlinearity": "relu"}),
-    "gru": ("GRU", {}),
-    "lstm": ("LSTM", {}),
-}
-LAYOUTS = {
-    "plain": {},
-    "nobias": {"bias": False},
-    "batch_first": {"batch_first": True},
-    "two_layers": {"num_layers": 2},
-    "bidirectional": {"bidirectional": True},
-    "stack": {"num_layers": 3, "bidirectional": True},
-}
-PROJECTIONS = {
-    "lstm-proj": ("LSTM", {"proj_size": 2}),
-    "lstm-proj-stack": ("LSTM", {"proj_size": 3, "num_layers": 2, "bidirectional": True}),
-}
-CASES = {
-    f"{kind}-{layout}": (name, options | extra)
-    for kind, (name, options) in KINDS.items()
-    for layout, extra in LAYOUTS.items()
-} | PROJECTIONS
-CELLS = {
-    "tanh": ("RNNCell", {}),
-    "relu": ("RNNCell", {"nonlinearity": "relu"}),
-    "gru": ("GRUCell", {}),
-    "lstm": ("LSTMCell", {}),
-    "lstm-nobias": ("LSTMCell", {"bias": False}),
-}
-
-every_case = pytest.mark.parametrize("name, options", CASES.values(), ids=CASES)
-every_kind = pytest.mark.parametrize("name, options", KINDS.values(), ids=KINDS)
-every_cell = pytest.mark.parametrize("name, options", CELLS.values(), ids=CELLS)
-ignore_onednn = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
-pytestmark = ignore_onednn
-
-
-def pair(name, options, dtype=torch.float64, size=(I, H)):
-    """Our module and torch's with the same parameters."""
-    ours = getattr(fnn, name)(*size, **options, dtype=dtype)
-    known = {k: v for k, v in options.items() if k != "clip_recurrent_grad"}
-    theirs = getattr(torch.nn, name)(*size, **known, dtype=dtype)
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
-
-
-def states(name, *shape, projection=0, dtype=torch.float64):
-    """Random hx of torch.nn.<name>."""
-    h = torch.randn(*shape[:-1], projection or shape[-1], dtype=dtype)
-    return (h, torch.randn(shape, dtype=dtype)) if name.startswith("LSTM") else h
-
-
-def flat(result):
-    """The tensors of a module's result, in order."""
-    if isinstance(result, PackedSequence):
-        return [result.data]
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [tensor for part in result for tensor in flat(part)]
-
-
-def assert_same(ours, theirs, x, hx=None):
-    """Equal outputs, and equal gradients of everything, of two modules in float64."""
-
-    def solve(module):
-        leaves = [
-            t.detach().clone().requires_grad_() for t in flat((x,) if hx is None else (x, hx))
-        ]
-        own_x = leaves[0] if isinstance(x, torch.Tensor) else x._replace(data=leaves[0])
-        own_hx = None if hx is None else leaves[1] if len(leaves) == 2 else tuple(leaves[1:])
-        result = flat(module(own_x, own_hx))
-        wanted = leaves + list(module.parameters())
-        loss = sum((a * torch.linspace(1, 2, a.numel()).view(a.shape)).sum() for a in result)
-        return result, torch.autograd.grad(loss, wanted)
-
-    (a, da), (b, db) = solve(ours), solve(theirs)
-    for mine, other in zip(a, b, strict=True):
-        assert_close(mine, other)
-    for mine, other in zip(da, db, strict=True):
-        assert_close(mine, other, grad=True)
-
-
-def ragged(dtype=torch.float64, enforce_sorted=False):
-    lengths = (7, 4, 4, 1) if enforce_sorted else (4, 1, 7, 4)
-    rows = [torch.randn(n, I, dtype=dtype) for n in lengths]
-    return pack_sequence(rows, enforce_sorted=enforce_sorted)
-
-
-def hx_for(module, name, batch):
-    S = module.num_layers * (1 + module.bidirectional)
-    return states(name, S, *batch, H, projection=module.proj_size)
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
@@ -260,17 +185,6 @@ WRONG_CALLS = {
 }
 
 
-def raised_by(module, call, name):
-    """The error of a wrong call, the same with gradients and without."""
-    found = []
-    for mode in (torch.enable_grad, torch.no_grad):
-        with mode(), pytest.raises(Exception) as error:
-            call(module, lambda *shape, **k: states(name, *shape, **{"dtype": torch.float32} | k))
-        found.append(error.value)
-    assert type(found[0]) is type(found[1]) and str(found[0]) == str(found[1])
-    return type(found[0])
-
-
 @pytest.mark.parametrize("call", WRONG_CALLS.values(), ids=WRONG_CALLS)
 @every_kind
 def test_forward_errors_are_torchs(name, options, call):
@@ -334,139 +248,6 @@ def test_dropout_of_one_layer_warns():
             library.LSTM(I, H, dropout=0.5)
 
 
-def by_optimizer(module, x):
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    with torch.enable_grad():
-        flat(module(x))[0].sum().backward()
-    optimizer.step()
-
-
-def by_swapped_data(module, x):
-    """Another tensor of the same shape and, in all likelihood, address."""
-    w = next(module.parameters())
-    w.data = w.data * 2
-
-
-def by_transposed_data(module, x):
-    w = module.weight_hh_l0
-    w.data = w.data[:H].T if w.shape[0] == H else w.data.T.contiguous().T * 2
-
-
-def by_setattr(module, x):
-    module.weight_ih_l0 = torch.nn.Parameter(torch.ones_like(module.weight_ih_l0))
-
-
-def by_pruning(module, x):
-    prune.l1_unstructured(module, "weight_hh_l0", amount=0.5)
-
-
-def by_parametrization(module, x):
-    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
-    with torch.no_grad():
-        module.parametrizations.weight_hh_l0.original0.mul_(2)
-
-
-def by_numpy(module, x):
-    module.weight_ih_l0.detach().numpy()[...] *= 2
-
-
-CHANGES = {
-    "optimizer": by_optimizer,
-    "load_state_dict": lambda m, x: m.load_state_dict(
-        {k: v + 1 for k, v in m.state_dict().items()}
-    ),
-    "assign": lambda m, x: m.load_state_dict(
-        {k: v + 1 for k, v in m.state_dict().items()}, assign=True
-    ),
-    "data": by_swapped_data,
-    "data-in-place": lambda m, x: m.bias_hh_l0.data.mul_(3),
-    "data-one-element": lambda m, x: m.weight_hh_l0.data.view(-1)[-1:].add_(1e-9),
-    "data-strides": by_transposed_data,
-    "no-grad-in-place": lambda m, x: m.weight_ih_l0.detach().add_(1),
-    "numpy": by_numpy,
-    "setattr": by_setattr,
-    "reset_parameters": lambda m, x: m.reset_parameters(),
-    "prune": by_pruning,
-    "weight_norm": by_parametrization,
-    "to": lambda m, x: m.to(torch.float32).to(torch.float64),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@every_kind
-def test_every_change_of_a_weight_is_noticed(name, options, change):
-    ours, theirs = pair(name, options)
-    x = torch.randn(T, B, I, dtype=torch.float64)
-    with torch.no_grad():
-        before = ours(x)[0]
-        change(ours, x)
-        after = ours(x)[0]
-        fresh = {k: getattr(ours, k) for k in theirs.state_dict()}
-        theirs.load_state_dict(fresh)
-        assert_close(after, theirs(x)[0])
-    assert not torch.equal(before, after)
-
-
-@every_kind
-def test_weights_are_packed_once(name, options, monkeypatch):
-    from fastseq import _stack
-
-    packs, real = [], _stack.pack
-    monkeypatch.setattr(_stack, "pack", lambda *a: packs.append(1) or real(*a))
-    module = getattr(fnn, name)(I, H, **options)
-    x = torch.randn(T, B, I)
-    with torch.no_grad():
-        results = [module(x)[0] for _ in range(3)]
-        assert len(packs) == 1
-        module.bias_ih_l0.data.add_(1)
-        module(x), module(x)
-        assert len(packs) == 2
-    assert torch.equal(results[0], results[2])
-
-
-@every_kind
-def test_functional_call(name, options):
-    ours, theirs = pair(name, options)
-    x = torch.randn(T, B, I, dtype=torch.float64)
-    other = {k: torch.randn_like(v).requires_grad_() for k, v in ours.named_parameters()}
-    call = torch.func.functional_call
-    for mode in (torch.no_grad, torch.enable_grad):
-        with mode():
-            before = ours(x)[0]
-            assert_close(call(ours, other, (x,))[0], call(theirs, other, (x,))[0])
-            assert torch.equal(ours(x)[0], before)
-    call(ours, other, (x,))[0].sum().backward()
-    assert all(v.grad is not None for v in other.values())
-    assert all(p.grad is None for p in ours.parameters())
-
-
-def through_torch_save(module):
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "clone",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
-@every_kind
-def test_clones(name, options, clone):
-    module, _ = pair(name, options)
-    x = torch.randn(T, B, I, dtype=torch.float64)
-    with torch.no_grad():
-        expected = module(x)[0]
-        twin = clone(module)
-        assert torch.equal(twin(x)[0], expected)
-        twin.weight_ih_l0.data.zero_()
-        assert not torch.equal(twin(x)[0], expected)
-        assert torch.equal(module(x)[0], expected)
-    assert list(twin.state_dict()) == list(module.state_dict())
-    twin.flatten_parameters()
-
-
 @pytest.mark.parametrize("layout", ["plain", "stack", "dropout"])
 @every_kind
 def test_compile_fullgraph(name, options, layout):
@@ -496,76 +277,6 @@ def test_compiled_module_runs_new_lengths():
     for steps in (3, 5, 11):
         x = torch.randn(steps, 2, I)
         assert torch.equal(compiled(x)[0], module(x)[0])
-
-
-@pytest.mark.parametrize("batch", [(B,), ()], ids=["batched", "unbatched"])
-@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
-@every_cell
-def test_cells(name, options, batch, given):
-    ours, theirs = pair(name, options)
-    x = torch.randn(*batch, I, dtype=torch.float64)
-    assert_same(ours, theirs, x, states(name, *batch, H) if given else None)
-    assert isinstance(ours, getattr(torch.nn, name))
-    with torch.no_grad():
-        ours(x)
-        ours.weight_hh.data.zero_(), ours.weight_ih.data.zero_()
-        theirs.load_state_dict(ours.state_dict())
-        for mine, other in zip(flat(ours(x)), flat(theirs(x)), strict=True):
-            assert_close(mine, other)
-
-
-@every_cell
-def test_cell_parameters_are_torchs(name, options):
-    torch.manual_seed(3)
-    ours = getattr(fnn, name)(I, H, **options)
-    torch.manual_seed(3)
-    theirs = getattr(torch.nn, name)(I, H, **options)
-    mine, other = ours.state_dict(), theirs.state_dict()
-    assert list(mine) == list(other)
-    assert all(torch.equal(mine[k], other[k]) for k in mine)
-    assert repr(ours) == repr(theirs)
-
-
-WRONG_STEPS = {
-    "rank-3": lambda m, hx: m(torch.zeros(1, B, I)),
-    "hx-rank-3": lambda m, hx: m(torch.zeros(B, I), hx(1, B, H)),
-    "input-size": lambda m, hx: m(torch.zeros(B, I + 1)),
-    "hx-batch": lambda m, hx: m(torch.zeros(B, I), hx(B + 1, H)),
-    "hx-size": lambda m, hx: m(torch.zeros(B, I), hx(B, H + 1)),
-    "hx-rank-1": lambda m, hx: m(torch.zeros(B, I), hx(H)),
-    "hx-rank-2": lambda m, hx: m(torch.zeros(I), hx(1, H)),
-    "hx-float64": lambda m, hx: m(torch.zeros(B, I), hx(B, H, dtype=torch.float64)),
-    "float64-input": lambda m, hx: m(torch.zeros(B, I, dtype=torch.float64)),
-    "integer-input": lambda m, hx: m(torch.zeros(B, I, dtype=torch.int64)),
-}
-
-
-@pytest.mark.parametrize("call", WRONG_STEPS.values(), ids=WRONG_STEPS)
-@every_cell
-def test_cell_errors_are_torchs(name, options, call):
-    ours, theirs = pair(name, options, torch.float32)
-    assert raised_by(ours, call, name) is raised_by(theirs, call, name)
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
-@every_cell
-def test_a_step_of_inference_goes_the_short_way(name, options, given, monkeypatch):
-    module, _ = pair(name, options)
-    x, hx = torch.randn(B, I, dtype=torch.float64), states(name, B, H) if given else None
-    expected = [t.detach() for t in flat(module(x, hx))]
-    monkeypatch.setattr(cells_nn, "run_step", None)
-    with torch.no_grad():
-        assert all(map(torch.equal, flat(module(x, hx)), expected))
-
-
-@every_cell
-def test_compiled_cell(name, options):
-    torch._dynamo.reset()
-    module, _ = pair(name, options)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x, hx = torch.randn(B, I, dtype=torch.float64), states(name, B, H)
-    for eager, traced in zip(flat(module(x, hx)), flat(compiled(x, hx)), strict=True):
-        assert torch.equal(eager, traced)
 
 
 @every_kind
