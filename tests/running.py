@@ -87,6 +87,11 @@ def assert_same_bits(ours, expected):
         assert not len(differ), f"{name}{list(a.shape)}: {len(differ)} differ, at {differ[0]}"
 
 
+def same_bits(ours, expected):
+    """Arrays in order, as assert_same_bits holds them by name."""
+    assert_same_bits(dict(enumerate(ours)), dict(enumerate(expected)))
+
+
 class PoisonedNumpy:
     """numpy whose `empty` is full of NaN and stands between guards that must stay as they are."""
 
