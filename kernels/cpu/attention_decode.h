@@ -1,11 +1,12 @@
-/* attention_decode.h: few queries against keys and values as they lie in memory, read once and not packed. */
+/* attention_decode.h: few queries against keys and values as they lie in memory,
+ * read once and not packed. */
 #ifndef FASTSEQ_ATTENTION_DECODE_H
 #define FASTSEQ_ATTENTION_DECODE_H
 
 #include "tile.h"
 
-/* Keys and values of a decoding step come from memory once; without being asked for ahead a core waits for each row:
- * decoding took 1.2 to 1.4 times as long (Zen 3, D 64 and 128, S 1k to 64k). */
+/* Keys and values of a decoding step come from memory once; without being asked for ahead a core
+ * waits for each row: decoding took 1.2 to 1.4 times as long (Zen 3, D 64 and 128, S 1k to 64k). */
 enum { AHEAD_BYTES = 4096, DECODE_ROWS = 4, WEIGH_KEYS = 32 };
 
 INLINE void prefetch_row(const real *row, intptr_t n) {
@@ -13,12 +14,14 @@ INLINE void prefetch_row(const real *row, intptr_t n) {
         __builtin_prefetch(row + d, 0, 3);
 }
 
-/* s[r][j] = q[r] . k_j for rows r and keys j of [0, n): k_j is k + j * ld. The keys are read once, and not packed; as
- * many at a time as give a whole vector of sums, or what is done for each costs as much as its products. */
-INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intptr_t ld, intptr_t n, intptr_t D,
-                       real *const *s) {
+/* s[r][j] = q[r] . k_j for rows r and keys j of [0, n): k_j is k + j * ld. The keys are read
+ * once, and not packed; as many at a time as give a whole vector of sums, or what is done for
+ * each costs as much as its products. */
+INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intptr_t ld, intptr_t n,
+                       intptr_t D, real *const *s) {
     const int places = rows == 3 ? 4 : rows; /* of which the vectors are a multiple */
-    const int keys = VL > places ? VL / places : 1, together = rows == 1 && keys > 4 ? 8 : keys < 4 ? keys : 4;
+    const int keys = VL > places ? VL / places : 1;
+    const int together = rows == 1 && keys > 4 ? 8 : keys < 4 ? keys : 4;
     intptr_t ahead = (AHEAD_BYTES / (D * sizeof(real)) + 1) * ld;
     for (intptr_t j = 0; j < n; j += keys) {
         vec lanes[VL > DECODE_ROWS ? VL : DECODE_ROWS] = {};
@@ -65,36 +68,40 @@ INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intp
     }
 }
 
-#define DOTS(R)                                                                                                        \
-    static __attribute__((noinline, unused)) void dots_##R(const real *const *q, const real *k, intptr_t ld,          \
-                                                           intptr_t n, intptr_t D, real *const *s) {                   \
-        dots_fixed(R, q, k, ld, n, D, s);                                                                              \
+#define DOTS(R)                                                                                    \
+    static __attribute__((noinline, unused)) void dots_##R(const real *const *q, const real *k,    \
+                                                           intptr_t ld, intptr_t n, intptr_t D,    \
+                                                           real *const *s) {                       \
+        dots_fixed(R, q, k, ld, n, D, s);                                                          \
     }
 DOTS(1) DOTS(2) DOTS(3) DOTS(4)
 #undef DOTS
 
 /* o[r][d] += sum_j p[r][j] v_j[d] for columns [d, d + nv VL), keys [0, n); v_j is v + j * ld. */
-#define WEIGH(R, NV)                                                                                                   \
-    static __attribute__((noinline, unused)) void weigh_##R##x##NV(const real *const *p, const real *v, intptr_t ld,  \
-                                                                   intptr_t n, real *const *o, intptr_t d) {           \
-        tile_fixed(R, NV, 0, p, 0, 0, n, v + d, ld, WEIGH_KEYS * ld, 0, o, d);                                                     \
+#define WEIGH(R, NV)                                                                               \
+    static __attribute__((noinline, unused)) void weigh_##R##x##NV(                                \
+        const real *const *p, const real *v, intptr_t ld, intptr_t n, real *const *o,              \
+        intptr_t d) {                                                                              \
+        tile_fixed(R, NV, 0, p, 0, 0, n, v + d, ld, WEIGH_KEYS * ld, 0, o, d);                     \
     }
 #define WIDTHS(R) WEIGH(R, 1) WEIGH(R, 2) WEIGH(R, 3) WEIGH(R, 4)
 WIDTHS(1) WIDTHS(2) WIDTHS(3) WIDTHS(4)
 #undef WIDTHS
 #undef WEIGH
-typedef void (*DotsFn)(const real *const *, const real *, intptr_t, intptr_t, intptr_t, real *const *);
-typedef void (*WeighFn)(const real *const *, const real *, intptr_t, intptr_t, real *const *, intptr_t);
+typedef void (*DotsFn)(const real *const *, const real *, intptr_t, intptr_t, intptr_t,
+                       real *const *);
+typedef void (*WeighFn)(const real *const *, const real *, intptr_t, intptr_t, real *const *,
+                        intptr_t);
 
-INLINE void dots(intptr_t rows, const real *const *q, const real *k, intptr_t ld, intptr_t n, intptr_t D,
-                 real *const *s) {
+INLINE void dots(intptr_t rows, const real *const *q, const real *k, intptr_t ld, intptr_t n,
+                 intptr_t D, real *const *s) {
     static const DotsFn fn[] = {0, dots_1, dots_2, dots_3, dots_4};
     fn[rows](q, k, ld, n, D, s);
 }
 
 /* o[r] += sum_j p[r][j] v_j for keys [0, n), a few at a time so that their rows stay in L1. */
-static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, const real *v, intptr_t ld, intptr_t n,
-                                          intptr_t DV, real *const *o) {
+static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, const real *v,
+                                          intptr_t ld, intptr_t n, intptr_t DV, real *const *o) {
 #define WIDTHS(R) {0, weigh_##R##x1, weigh_##R##x2, weigh_##R##x3, weigh_##R##x4}
     static const WeighFn fn[][5] = {{0}, WIDTHS(1), WIDTHS(2), WIDTHS(3), WIDTHS(4)};
 #undef WIDTHS
@@ -119,9 +126,10 @@ static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, c
     }
 }
 
-/* The same for one row, leaving out what has weight zero: a value that may not be attended can hold NaN. */
-static __attribute__((unused)) void weigh_sparse(const real *p, const real *v, intptr_t ld, intptr_t n, intptr_t DV,
-                                                 real *o) {
+/* The same for one row, leaving out what has weight zero: a value that may not
+ * be attended can hold NaN. */
+static __attribute__((unused)) void weigh_sparse(const real *p, const real *v, intptr_t ld,
+                                                 intptr_t n, intptr_t DV, real *o) {
     memset(o, 0, DV * sizeof(real));
     for (intptr_t j = 0; j < n; j++)
         for (intptr_t d = 0; d < DV && p[j] != 0; d++)

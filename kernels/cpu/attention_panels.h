@@ -1,7 +1,8 @@
 /* attention_panels.h: attention's register tiles, and the packing that feeds them.
  *
- * A panel is PANEL neighbouring columns, [K][PANEL]; the last one of a matrix is as many whole vectors as are left, so
- * that a matrix of N columns takes K * round_up(N) reals and panel p starts at p * PANEL * K.
+ * A panel is PANEL neighbouring columns, [K][PANEL]; the last one of a matrix is as many
+ * whole vectors as are left, so that a matrix of N columns takes K * round_up(N) reals
+ * and panel p starts at p * PANEL * K.
  */
 #ifndef FASTSEQ_ATTENTION_PANELS_H
 #define FASTSEQ_ATTENTION_PANELS_H
@@ -13,16 +14,16 @@ enum { PANEL_VECTORS = VBYTES == 64 ? 4 : 2, PANEL = PANEL_VECTORS * VL, TILE_RO
 
 INLINE intptr_t round_up(intptr_t n) { return (n + VL - 1) / VL * VL; }
 
-#define TILES(R, NV)                                                                                                   \
-    static __attribute__((noinline, unused)) void panel_##R##x##NV(                                                    \
-        const real *const *a, intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, const real *init,  \
-        real *const *c, intptr_t col) {                                                                                \
-        tile_fixed(R, NV, 0, a, lda, k0, k1, w, ldw, 0, init, c, col);                                                    \
-    }                                                                                                                  \
-    static __attribute__((noinline, unused)) void turned_##R##x##NV(                                                   \
-        const real *const *a, intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, const real *init,  \
-        real *const *c, intptr_t col) {                                                                                \
-        tile_fixed(R, NV, 1, a, lda, k0, k1, w, ldw, 0, init, c, col);                                                    \
+#define TILES(R, NV)                                                                               \
+    static __attribute__((noinline, unused)) void panel_##R##x##NV(                                \
+        const real *const *a, intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, \
+        const real *init, real *const *c, intptr_t col) {                                          \
+        tile_fixed(R, NV, 0, a, lda, k0, k1, w, ldw, 0, init, c, col);                             \
+    }                                                                                              \
+    static __attribute__((noinline, unused)) void turned_##R##x##NV(                               \
+        const real *const *a, intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, \
+        const real *init, real *const *c, intptr_t col) {                                          \
+        tile_fixed(R, NV, 1, a, lda, k0, k1, w, ldw, 0, init, c, col);                             \
     }
 #define HEIGHTS(NV) TILES(1, NV) TILES(2, NV) TILES(3, NV) TILES(4, NV) TILES(5, NV) TILES(6, NV)
 HEIGHTS(1) HEIGHTS(2)
@@ -32,15 +33,18 @@ HEIGHTS(3) HEIGHTS(4)
 #undef HEIGHTS
 #undef TILES
 
-typedef void (*PanelFn)(const real *const *, intptr_t, intptr_t, intptr_t, const real *, intptr_t, const real *,
-                        real *const *, intptr_t);
+typedef void (*PanelFn)(const real *const *, intptr_t, intptr_t, intptr_t, const real *, intptr_t,
+                        const real *, real *const *, intptr_t);
 
-/* Rows of a (turned: columns, lda apart) times the panels of w that hold columns [n0, n1), for k in [k0, k1).
- * w holds K steps of N columns. init: see tile_fixed; here one vector row for every panel. */
-static __attribute__((unused)) void panels(int rows, int turned, const real *const *a, intptr_t lda, intptr_t k0,
-                                           intptr_t k1, const real *w, intptr_t K, intptr_t N, intptr_t n0,
-                                           intptr_t n1, const real *init, real *const *c) {
-#define ROW_OF(KIND, NV) {0, KIND##_1x##NV, KIND##_2x##NV, KIND##_3x##NV, KIND##_4x##NV, KIND##_5x##NV, KIND##_6x##NV}
+/* Rows of a (turned: columns, lda apart) times the panels of w that hold columns [n0, n1),
+ * for k in [k0, k1). w holds K steps of N columns. init: see tile_fixed; here one vector row for
+ * every panel. */
+static __attribute__((unused)) void panels(int rows, int turned, const real *const *a, intptr_t lda,
+                                           intptr_t k0, intptr_t k1, const real *w, intptr_t K,
+                                           intptr_t N, intptr_t n0, intptr_t n1, const real *init,
+                                           real *const *c) {
+#define ROW_OF(KIND, NV)                                                                           \
+    {0, KIND##_1x##NV, KIND##_2x##NV, KIND##_3x##NV, KIND##_4x##NV, KIND##_5x##NV, KIND##_6x##NV}
     static const PanelFn fn[2][PANEL_VECTORS + 1][TILE_ROWS + 1] = {
         {{0}, ROW_OF(panel, 1), ROW_OF(panel, 2),
 #if VBYTES == 64
@@ -59,10 +63,11 @@ static __attribute__((unused)) void panels(int rows, int turned, const real *con
     }
 }
 
-/* The same where w holds NaN or infinity: what is multiplied by an exact zero is left out, as a pair that may not
- * attend must be. */
-static __attribute__((unused)) void panels_sparse(int rows, int turned, const real *const *a, intptr_t lda, intptr_t k0,
-                                                  intptr_t k1, const real *w, intptr_t K, intptr_t N,
+/* The same where w holds NaN or infinity: what is multiplied by an exact zero is left out, as
+ * a pair that may not attend must be. */
+static __attribute__((unused)) void panels_sparse(int rows, int turned, const real *const *a,
+                                                  intptr_t lda, intptr_t k0, intptr_t k1,
+                                                  const real *w, intptr_t K, intptr_t N,
                                                   real *const *c) {
     for (int r = 0; r < rows; r++)
         for (intptr_t k = k0; k < k1; k++) {
@@ -87,8 +92,8 @@ INLINE vec load_part(const real *p, intptr_t n) {
 }
 
 /* dst panels [K][N] of rows src + k * ld, times `scale`. Returns whether everything is finite. */
-static __attribute__((unused)) int pack_panels(const real *src, intptr_t ld, intptr_t K, intptr_t N, real scale,
-                                               real *dst) {
+static __attribute__((unused)) int pack_panels(const real *src, intptr_t ld, intptr_t K, intptr_t N,
+                                               real scale, real *dst) {
     vec bad = {};
     for (intptr_t col = 0; col < N; col += PANEL) {
         intptr_t width = round_up(N) - col < PANEL ? round_up(N) - col : PANEL;
@@ -103,10 +108,12 @@ static __attribute__((unused)) int pack_panels(const real *src, intptr_t ld, int
 }
 
 /* dst panels [D][keys] of the transposed rows src + j * ld. Columns past the last key are zeros. */
-static __attribute__((unused)) void pack_keys(const real *src, intptr_t ld, intptr_t keys, intptr_t D, real *dst) {
+static __attribute__((unused)) void pack_keys(const real *src, intptr_t ld, intptr_t keys,
+                                              intptr_t D, real *dst) {
     const real *row[VL];
     for (intptr_t j = 0; j < keys; j += VL) {
-        intptr_t col = j / PANEL * PANEL, width = round_up(keys) - col < PANEL ? round_up(keys) - col : PANEL;
+        intptr_t col = j / PANEL * PANEL;
+        intptr_t width = round_up(keys) - col < PANEL ? round_up(keys) - col : PANEL;
         for (int l = 0; l < VL; l++)
             row[l] = j + l < keys ? src + (j + l) * ld : 0;
         pack_transposed(row, D, dst + col * D + (j - col), width);

@@ -1,7 +1,7 @@
 /* attention_scores.h: one row of scores, its softmax, dropout and gradient.
  *
- * A row is s[0 : n] for keys j0 : j0 + n; the pairs that may attend are in [lo, hi), and where the mask is nonzero. What
- * a pair that may not attend holds, NaN included, reaches nothing.
+ * A row is s[0 : n] for keys j0 : j0 + n; the pairs that may attend are in [lo, hi), and where the
+ * mask is nonzero. What a pair that may not attend holds, NaN included, reaches nothing.
  */
 #ifndef FASTSEQ_ATTENTION_SCORES_H
 #define FASTSEQ_ATTENTION_SCORES_H
@@ -10,7 +10,8 @@
 #include "tile.h"
 #include <math.h>
 
-enum { MOD_KEYS = 256 }; /* scores that a user's function gets at once: its copies of them stay in L1 */
+/* Scores that a user's function gets at once: its copies of them stay in L1. */
+enum { MOD_KEYS = 256 };
 
 /* What a user's compiled function of the scores gets; `score_layout` tells it to Python. */
 typedef struct {
@@ -37,7 +38,8 @@ typedef struct {
     intptr_t bias_j;
     const uint8_t *mask;   /* nonzero: may attend; NULL: all may */
     intptr_t mask_j;
-    int masked;            /* whether the mask still matters within the limits at hand, see narrow */
+    int masked;            /* whether the mask still matters within the limits at hand,
+                            * see narrow */
     uint64_t key;          /* of dropout's generator */
     uint32_t threshold;    /* a pair is dropped if its bits are below; 0: no dropout */
     real keep_scale;       /* 1 / (1 - p) */
@@ -74,7 +76,8 @@ INLINE real max_lanes(vec v) {
     return v[0];
 }
 
-/* e^x for x <= 0; 0 below -EXP_MAX; NaN stays. Max error 1.1 ULP (float32, every level but AVX-512 tried). */
+/* e^x for x <= 0; 0 below -EXP_MAX; NaN stays.
+ * Max error 1.1 ULP (float32, every level but AVX-512 tried). */
 INLINE vec exp_nonpositive(vec x) {
     vec scale, p = expm1_reduced(max_(broadcast(-EXP_MAX), x), &scale);
     return choose(x < -EXP_MAX, (vec){0}, p * scale + scale);
@@ -106,8 +109,8 @@ INLINE ivec load_mask(const uint8_t *p, intptr_t stride, intptr_t n) {
     return m != 0;
 }
 
-/* Narrow [lo, hi) to the first and last key that the mask lets through (empty: hi = lo), and tell whether it has
- * holes between them. */
+/* Narrow [lo, hi) to the first and last key that the mask lets through (empty: hi = lo), and tell
+ * whether it has holes between them. */
 INLINE void narrow(RowOptions *o, intptr_t *lo, intptr_t *hi) {
     o->masked = o->mask != 0;
     if (!o->mask)
@@ -137,10 +140,14 @@ INLINE void narrow(RowOptions *o, intptr_t *lo, intptr_t *hi) {
 }
 
 /* A bias of -inf masks a pair out, whatever its score is. */
-INLINE vec biased(vec x, vec bias) { return choose(bias == NEGATIVE_INFINITY, NEGATIVE_INFINITY, x + bias); }
+INLINE vec biased(vec x, vec bias) {
+    return choose(bias == NEGATIVE_INFINITY, NEGATIVE_INFINITY, x + bias);
+}
 
-/* One vector of scores with everything that is added to them; `edge`: some of its keys are outside [lo, hi). */
-INLINE vec finished(const RowOptions *o, vec x, intptr_t j, intptr_t lo, intptr_t hi, int edge, real *factor) {
+/* One vector of scores with everything that is added to them;
+ * `edge`: some of its keys are outside [lo, hi). */
+INLINE vec finished(const RowOptions *o, vec x, intptr_t j, intptr_t lo, intptr_t hi, int edge,
+                    real *factor) {
     if (o->softcap != 0 && !o->mod) {
         vec t = tanh_(x / o->softcap);
         x = t * o->softcap;
@@ -158,7 +165,8 @@ INLINE vec finished(const RowOptions *o, vec x, intptr_t j, intptr_t lo, intptr_
     return edge ? choose(within(j, lo, hi), x, NEGATIVE_INFINITY) : x;
 }
 
-/* The whole vectors of [j, hi) where at most a bias is added, its keys side by side. Returns where it stopped. */
+/* The whole vectors of [j, hi) where at most a bias is added, its keys side by side.
+ * Returns where it stopped. */
 INLINE intptr_t whole_vectors(const RowOptions *o, real *s, intptr_t j, intptr_t hi, vec most[2]) {
     const real *bias = o->bias;
     if (!bias)
@@ -168,7 +176,8 @@ INLINE intptr_t whole_vectors(const RowOptions *o, real *s, intptr_t j, intptr_t
         }
     else
         for (; j + 2 * VL <= hi; j += 2 * VL) {
-            vec a = biased(load(s + j), load(bias + j)), b = biased(load(s + j + VL), load(bias + j + VL));
+            vec a = biased(load(s + j), load(bias + j));
+            vec b = biased(load(s + j + VL), load(bias + j + VL));
             store(s + j, a);
             store(s + j + VL, b);
             most[0] = max_(most[0], a);
@@ -178,13 +187,14 @@ INLINE intptr_t whole_vectors(const RowOptions *o, real *s, intptr_t j, intptr_t
 }
 
 /* The softcap and the user's function on the whole vectors that hold keys lo : hi. */
-static __attribute__((noinline, unused)) void modify_scores(const RowOptions *o, real *s, intptr_t j0, intptr_t lo,
-                                                            intptr_t hi, real *factor) {
+static __attribute__((noinline, unused)) void modify_scores(const RowOptions *o, real *s,
+                                                            intptr_t j0, intptr_t lo, intptr_t hi,
+                                                            real *factor) {
     real slope[MOD_KEYS];
     for (intptr_t j = lo - (lo - j0) % VL; j < hi; j += MOD_KEYS) {
         intptr_t vectors = (hi - j + VL - 1) / VL, n;
-        ScoreTile t = {s + (j - j0), slope, vectors < MOD_KEYS / VL ? vectors : MOD_KEYS / VL, o->b, o->h, o->i, j,
-                       &functions};
+        ScoreTile t = {s + (j - j0), slope, vectors < MOD_KEYS / VL ? vectors : MOD_KEYS / VL,
+                       o->b, o->h, o->i, j, &functions};
         n = t.blocks * VL;
         if (factor)
             for (intptr_t k = 0; k < n; k += VL)
@@ -201,15 +211,17 @@ static __attribute__((noinline, unused)) void modify_scores(const RowOptions *o,
     }
 }
 
-/* Scores of keys lo : hi to their final values, -inf where a pair may not attend; s is key j0's place. Only whole
- * vectors that hold a key of [lo, hi) are written. `factor`: NULL, or gets d score / d product of the softcap and the
- * user's function. Returns the largest score, NaN where there is no other. */
-static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, intptr_t j0, intptr_t lo, intptr_t hi,
-                                                  real *factor) {
+/* Scores of keys lo : hi to their final values, -inf where a pair may not attend; s is key j0's
+ * place. Only whole vectors that hold a key of [lo, hi) are written. `factor`: NULL, or gets
+ * d score / d product of the softcap and the user's function. Returns the largest score, NaN
+ * where there is no other. */
+static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, intptr_t j0,
+                                                  intptr_t lo, intptr_t hi, real *factor) {
     vec most[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
     if (o->mod)
         modify_scores(o, s, j0, lo, hi, factor);
-    int simple = (o->softcap == 0 || o->mod) && o->slope == 0 && !o->masked && (!o->bias || o->bias_j == 1);
+    int simple =
+        (o->softcap == 0 || o->mod) && o->slope == 0 && !o->masked && (!o->bias || o->bias_j == 1);
     intptr_t j = lo - (lo - j0) % VL;
     s -= j0;
     if (factor)
@@ -231,8 +243,8 @@ static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, 
 }
 
 /* s = e^(s - m) for keys lo : hi, 0 in the rest of [z0, z1); m is finite. Returns the sum. */
-static __attribute__((unused)) real exponentials(real *s, intptr_t j0, intptr_t lo, intptr_t hi, intptr_t z0,
-                                                 intptr_t z1, real m) {
+static __attribute__((unused)) real exponentials(real *s, intptr_t j0, intptr_t lo, intptr_t hi,
+                                                 intptr_t z0, intptr_t z1, real m) {
     vec sum = {};
     intptr_t first = lo - (lo - j0) % VL, j = first;
     for (; j < hi; j += VL) {
@@ -247,7 +259,8 @@ static __attribute__((unused)) real exponentials(real *s, intptr_t j0, intptr_t 
     return sum_lanes(sum);
 }
 
-/* Keys [lo, hi) of a row of the bias or its gradient, asked for while the products that meet them are computed. */
+/* Keys [lo, hi) of a row of the bias or its gradient, asked for while the products
+ * that meet them are computed. */
 INLINE void prefetch_keys(const real *row, intptr_t stride, intptr_t lo, intptr_t hi) {
     for (intptr_t j = lo; j < hi && row && stride == 1; j += 64 / sizeof(real))
         __builtin_prefetch(row + j, 0, 3);
@@ -288,20 +301,23 @@ INLINE ivec kept(const RowOptions *o, intptr_t j) {
 }
 
 /* s *= keep / (1 - p) for keys lo : hi, whole vectors. */
-static __attribute__((unused)) void drop(const RowOptions *o, real *s, intptr_t j0, intptr_t lo, intptr_t hi) {
+static __attribute__((unused)) void drop(const RowOptions *o, real *s, intptr_t j0, intptr_t lo,
+                                         intptr_t hi) {
     for (intptr_t j = lo - (lo - j0) % VL; j < hi; j += VL)
         store(s + j - j0, choose(kept(o, j), load(s + j - j0) * o->keep_scale, (vec){0}));
 }
 
 /* ---- backward */
 
-/* Whether a finished score is the product itself, so that backward, which needs no maximum, leaves finish_scores out. */
+/* Whether a finished score is the product itself, so that backward, which needs no
+ * maximum, leaves finish_scores out. */
 INLINE int is_product(const RowOptions *o) {
     return o->softcap == 0 && !o->mod && o->slope == 0 && !o->masked && !o->bias;
 }
 
-INLINE void gradients_fixed(const int dropout, const RowOptions *o, real *s, real *dp, real lse, real delta,
-                            intptr_t j0, intptr_t lo, intptr_t hi, intptr_t z0, intptr_t z1) {
+INLINE void gradients_fixed(const int dropout, const RowOptions *o, real *s, real *dp, real lse,
+                            real delta, intptr_t j0, intptr_t lo, intptr_t hi, intptr_t z0,
+                            intptr_t z1) {
     intptr_t first = lo - (lo - j0) % VL, j = first;
     s -= j0;
     dp -= j0;
@@ -323,10 +339,11 @@ INLINE void gradients_fixed(const int dropout, const RowOptions *o, real *s, rea
         s[j] = dp[j] = 0;
 }
 
-/* With P = e^(s - lse) and K' = kept / (1 - p): s = P K' and dp = P (K' dp - delta) for keys lo : hi, 0 in the rest of
- * [z0, z1); lse is no NaN. */
-static __attribute__((unused)) void score_gradients(const RowOptions *o, real *s, real *dp, real lse, real delta,
-                                                    intptr_t j0, intptr_t lo, intptr_t hi, intptr_t z0, intptr_t z1) {
+/* With P = e^(s - lse) and K' = kept / (1 - p): s = P K' and dp = P (K' dp - delta) for keys
+ * lo : hi, 0 in the rest of [z0, z1); lse is no NaN. */
+static __attribute__((unused)) void score_gradients(const RowOptions *o, real *s, real *dp,
+                                                    real lse, real delta, intptr_t j0, intptr_t lo,
+                                                    intptr_t hi, intptr_t z0, intptr_t z1) {
     if (o->threshold)
         gradients_fixed(1, o, s, dp, lse, delta, j0, lo, hi, z0, z1);
     else
@@ -334,8 +351,8 @@ static __attribute__((unused)) void score_gradients(const RowOptions *o, real *s
 }
 
 /* The same where lse is NaN: both NaN where a pair may attend, s being -inf where not. */
-static __attribute__((unused)) void nan_gradients(real *s, real *dp, intptr_t j0, intptr_t lo, intptr_t hi, intptr_t z0,
-                                                  intptr_t z1) {
+static __attribute__((unused)) void nan_gradients(real *s, real *dp, intptr_t j0, intptr_t lo,
+                                                  intptr_t hi, intptr_t z0, intptr_t z1) {
     for (intptr_t j = z0; j < z1; j++)
         s[j - j0] = dp[j - j0] = j < lo || j >= hi || s[j - j0] == -(real)INFINITY ? 0 : (real)NAN;
 }

@@ -1,17 +1,20 @@
-/* cells.h: what makes one recurrent cell differ from another: its gates, and its element-wise mathematics on a tile.
+/* cells.h: what makes one recurrent cell differ from another: its gates, and its
+ * element-wise mathematics on a tile.
  *
- * The scan driver (scan_forward.pxi, scan_backward.pxi) does everything else and calls a cell through a pointer.
- * A tile is `rows` batch rows x `blocks` vectors of units; row[SLOT][r] points at the tile's first unit.
+ * The scan driver (scan_forward.pxi, scan_backward.pxi) does everything else and calls a cell
+ * through a pointer. A tile is `rows` batch rows x `blocks` vectors of units; row[SLOT][r]
+ * points at the tile's first unit.
  *
- * Planes are the per-unit values kept as [unit vector][plane][lane] in `GATES`: pre-activations when forward
- * is called, activations when it returns, and what backward reads:
- *     rnn   a                      gradients  da
- *     gru   xn | r | z | hn        gradients  dhn | dr | dz | dxn    (hn = W_hn h + b_hn stays apart from xn)
- *     lstm  i | f | g | o          gradients  di | df | dg | do
- * The state product adds to the last `gates` planes, the projected input to the first: for a GRU they differ by one,
- * and the cells of layer_norm_cells.h, whose tiles are whole rows, keep all planes of x and h apart.
- * The gradients of the first `gates` planes belong to h, of the last to x: DGATES holds them as [plane][H], and
- * after them those of the parameters per unit that a cell may have.
+ * Planes are the per-unit values kept as [unit vector][plane][lane] in `GATES`: pre-activations
+ * when forward is called, activations when it returns, and what backward reads:
+ *     rnn   a                  gradients  da
+ *     gru   xn | r | z | hn    gradients  dhn | dr | dz | dxn   (hn = W_hn h + b_hn stays apart
+ *     lstm  i | f | g | o      gradients  di | df | dg | do      from xn)
+ * The state product adds to the last `gates` planes, the projected input to the first:
+ * for a GRU they differ by one, and the cells of layer_norm_cells.h, whose tiles are whole
+ * rows, keep all planes of x and h apart.
+ * The gradients of the first `gates` planes belong to h, of the last to x: DGATES holds them as
+ * [plane][H], and after them those of the parameters per unit that a cell may have.
  */
 #ifndef FASTSEQ_CELLS_H
 #define FASTSEQ_CELLS_H
@@ -20,7 +23,8 @@
 #include "tile.h"
 
 enum Slot {
-    GATES, H_PREV, C_PREV, H, C,                     /* forward reads GATES H_PREV C_PREV, writes GATES H C */
+    GATES, H_PREV, C_PREV, H, C,                     /* forward reads GATES H_PREV C_PREV,
+                                                      * writes GATES H C */
     DH_PRODUCT, DY, DC_EXTERNAL, DH_IN, DC_IN,       /* gradients that reach this step */
     DGATES, DH_OUT, DC_OUT,                          /* gradients that leave it */
     SLOTS
@@ -30,7 +34,8 @@ typedef struct {
     intptr_t rows, blocks;
     intptr_t dgates_plane; /* distance of two planes in DGATES */
     intptr_t params_plane; /* and of two of `params` */
-    const real *params;    /* the parameters of the tile's units, whole vectors; they are the same for all rows */
+    const real *params;    /* the parameters of the tile's units, whole vectors; they are the same
+                            * for all rows */
     const Functions *functions;
     real *row[SLOTS][MAX_ROWS];
     intptr_t units; /* of the tile: the last vector may hold fewer than VL */
@@ -50,8 +55,8 @@ typedef struct {
     CellFn forward, backward;
 } Cell;
 
-#define FOR_EACH_VECTOR(t)                                                                                             \
-    for (intptr_t r = 0; r < (t)->rows; r++)                                                                           \
+#define FOR_EACH_VECTOR(t)                                                                         \
+    for (intptr_t r = 0; r < (t)->rows; r++)                                                       \
         for (intptr_t j = 0; j < (t)->blocks; j++)
 #define AT(slot) (t->row[slot][r] + j * VL)
 #define PLANE(p) (t->row[GATES][r] + (j * PLANES + (p)) * VL)
@@ -154,8 +159,10 @@ INLINE Cell cell_of(int which) {
         [RNN_RELU] = {1, 1, 0, 0, 0, 1, 0, 0, rnn_relu_forward, rnn_relu_backward},
         [GRU] = {3, 4, 0, 1, 1, 1, 0, 0, gru_forward, gru_backward},
         [LSTM] = {4, 4, 1, 1, 0, 1, 0, 0, lstm_forward, lstm_backward},
-        [LAYER_NORM_GRU] = {3, 6, 0, 1, 1, 1, 10, 1, layer_norm_gru_forward, layer_norm_gru_backward},
-        [LAYER_NORM_LSTM] = {4, 8, 1, 1, 0, 1, 14, 1, layer_norm_lstm_forward, layer_norm_lstm_backward},
+        [LAYER_NORM_GRU] = {3, 6, 0, 1, 1, 1, 10, 1, layer_norm_gru_forward,
+                            layer_norm_gru_backward},
+        [LAYER_NORM_LSTM] = {4, 8, 1, 1, 0, 1, 14, 1, layer_norm_lstm_forward,
+                             layer_norm_lstm_backward},
     };
     return cells[which];
 }

@@ -1,4 +1,5 @@
-/* functions.h: vec.h's functions over arrays, by address: what a user's compiled cell or score function calls.
+/* functions.h: vec.h's functions over arrays, by address: what a user's compiled
+ * cell or score function calls.
  *
  * In place, n a multiple of VL. A call costs 2 ns beside the function itself.
  */
@@ -7,10 +8,10 @@
 
 #include "vec.h"
 
-#define OVER_ARRAY(name, function)                                                                                     \
-    static void name(real *x, intptr_t n) {                                                                            \
-        for (intptr_t k = 0; k < n; k += VL)                                                                           \
-            store(x + k, function(load(x + k)));                                                                       \
+#define OVER_ARRAY(name, function)                                                                 \
+    static void name(real *x, intptr_t n) {                                                        \
+        for (intptr_t k = 0; k < n; k += VL)                                                       \
+            store(x + k, function(load(x + k)));                                                   \
     }
 OVER_ARRAY(exp_array, exp_)
 OVER_ARRAY(tanh_array, tanh_)

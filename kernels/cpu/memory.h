@@ -10,8 +10,9 @@
 
 enum { HUGE_PAGE = 2 << 20 };
 
-/* n bytes on a cache line, or NULL; `free` takes them back. Large ones come on huge pages where the system has them: they
- * are new to the process at every call, and 8,000 faults of 4 KiB are a seventh of LSTM training at B 1, H 1024. */
+/* n bytes on a cache line, or NULL; `free` takes them back. Large ones come on huge pages where
+ * the system has them: they are new to the process at every call, and 8,000 faults of 4 KiB are a
+ * seventh of LSTM training at B 1, H 1024. */
 static inline void *get_memory(size_t n) {
     void *at;
     if (n < 2 * HUGE_PAGE)

@@ -1,5 +1,6 @@
-/* team.h: threads. The pool is libgomp's, found by name at import: it is the one torch uses where torch ships the
- * same name, no compiler flag is needed, and without libgomp everything runs on the calling thread.
+/* team.h: threads. The pool is libgomp's, found by name at import: it is the one torch
+ * uses where torch ships the same name, no compiler flag is needed, and without libgomp
+ * everything runs on the calling thread.
  */
 #ifndef FASTSEQ_TEAM_H
 #define FASTSEQ_TEAM_H
@@ -27,8 +28,8 @@ static Gomp gomp_open(void) {
     return g;
 }
 
-/* A barrier for `size` threads. Spins about 20 us, then yields: on a busy machine it gets slower, not stuck.
- * Starts zeroed; each count on its own cache line. */
+/* A barrier for `size` threads. Spins about 20 us, then yields: on a busy machine it gets slower,
+ * not stuck. Starts zeroed; each count on its own cache line. */
 typedef struct {
     int arrived __attribute__((aligned(64)));
     int phase __attribute__((aligned(64)));

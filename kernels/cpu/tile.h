@@ -2,9 +2,10 @@
  *
  *   c[r][:] += sum_k a[r][k] * w[k][:]      r < rows, NV vectors of VL columns
  *
- * `w` is one packed panel [K][NV * VL]; rows of `a` and `c` are given by pointers, so strides, variable lengths
- * and shifted states need no copy. Every element is a sum of chains of SUM_CHUNK multiply-adds, over k in ascending
- * order, whatever the number of rows: a row's bits depend neither on its neighbours nor on the thread count.
+ * `w` is one packed panel [K][NV * VL]; rows of `a` and `c` are given by pointers, so strides,
+ * variable lengths and shifted states need no copy. Every element is a sum of chains of SUM_CHUNK
+ * multiply-adds, over k in ascending order, whatever the number of rows: a row's bits depend
+ * neither on its neighbours nor on the thread count.
  * Cost: 2 rows K NV VL FLOP; reads K NV VL packed reals once for all rows.
  */
 #ifndef FASTSEQ_TILE_H
@@ -12,17 +13,19 @@
 
 #include "vec.h"
 
-/* Rows whose accumulators stay in registers: 32 of them with AVX-512, 16 below. Zen 4, one core, K = 512: heights
- * 4 to 8 all reach 112 to 116 GFLOP/s, 2 and 3 rows 88 to 92, one row 53. */
+/* Rows whose accumulators stay in registers: 32 of them with AVX-512, 16 below. Zen 4, one core,
+ * K = 512: heights 4 to 8 all reach 112 to 116 GFLOP/s, 2 and 3 rows 88 to 92, one row 53. */
 enum {
     MAX_ROWS = 8,
     ROW_PANELS = 3, /* panels that a single row is multiplied with at once */
     ROWS_NV4 = VBYTES == 64 ? 6 : 3,
     ROWS_NV3 = VBYTES == 64 ? 8 : 4,
-    /* k at once, a multiple of SUM_CHUNK: with 16 registers, which read a panel anew for 3 rows, its block stays in
-     * L1; else in L2. LSTM and RNN inference 1.02 to 1.04 times as fast than with 512 (Zen 3, AVX2, H 128 to 512). */
+    /* k at once, a multiple of SUM_CHUNK: with 16 registers, which read a panel anew for 3 rows,
+     * its block stays in L1; else in L2. LSTM and RNN inference 1.02 to 1.04 times as fast than
+     * with 512 (Zen 3, AVX2, H 128 to 512). */
     K_BLOCK = VBYTES == 64 ? 512 : 128,
-    SUM_CHUNK = 128, /* one chain over K = 1024 had 3 times the rounding error; the sums cost nothing measurable */
+    SUM_CHUNK = 128, /* one chain over K = 1024 had 3 times the rounding error; the sums cost
+                      * nothing measurable */
 };
 
 INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
@@ -34,12 +37,12 @@ INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* a: row r is a[r][k], or if `turned` a[0][k * lda + r], so that a product with a transposed left side needs no
- * copy. Step k of w is ldw reals after step k - 1. init: NULL to add to c, else one row that every row of c starts
- * from. */
-INLINE void tile_fixed(const int rows, const int nv, const int turned, const real *const *a, intptr_t lda,
-                       intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, intptr_t ahead, const real *init,
-                       real *const *c, intptr_t col) {
+/* a: row r is a[r][k], or if `turned` a[0][k * lda + r], so that a product with a transposed left
+ * side needs no copy. Step k of w is ldw reals after step k - 1. init: NULL to add to c, else one
+ * row that every row of c starts from. */
+INLINE void tile_fixed(const int rows, const int nv, const int turned, const real *const *a,
+                       intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw,
+                       intptr_t ahead, const real *init, real *const *c, intptr_t col) {
     const real *row[MAX_ROWS];
     UNROLL
     for (int r = 0; r < rows; r++)
@@ -68,17 +71,18 @@ INLINE void tile_fixed(const int rows, const int nv, const int turned, const rea
         for (int r = 0; r < rows; r++)
             UNROLL
             for (int j = 0; j < nv; j++)
-                store(c[r] + col + j * VL, acc[r][j] + load(init ? init + j * VL : c[r] + col + j * VL));
+                store(c[r] + col + j * VL,
+                      acc[r][j] + load(init ? init + j * VL : c[r] + col + j * VL));
         init = 0;
     } while (k0 < k1);
 }
 
 /* One out-of-line function per tile shape, so that each inner loop has the registers to itself. */
-#define TILE(R, NV)                                                                                                    \
-    static __attribute__((noinline, unused)) void tile_##R##x##NV(                                                     \
-        const real *const *a, intptr_t k0, intptr_t k1, const real *w, const real *init, real *const *c,               \
-        intptr_t col) {                                                                                                \
-        tile_fixed(R, NV, 0, a, 0, k0, k1, w, NV * VL, 0, init, c, col);                                                  \
+#define TILE(R, NV)                                                                                \
+    static __attribute__((noinline, unused)) void tile_##R##x##NV(                                 \
+        const real *const *a, intptr_t k0, intptr_t k1, const real *w, const real *init,           \
+        real *const *c, intptr_t col) {                                                            \
+        tile_fixed(R, NV, 0, a, 0, k0, k1, w, NV * VL, 0, init, c, col);                           \
     }
 TILE(1, 3) TILE(2, 3) TILE(3, 3) TILE(4, 3) TILE(1, 4) TILE(2, 4) TILE(3, 4)
 #if VBYTES == 64
@@ -86,13 +90,15 @@ TILE(5, 3) TILE(6, 3) TILE(7, 3) TILE(8, 3) TILE(4, 4) TILE(5, 4) TILE(6, 4)
 #endif
 #undef TILE
 
-typedef void (*TileFn)(const real *const *, intptr_t, intptr_t, const real *, const real *, real *const *, intptr_t);
+typedef void (*TileFn)(const real *const *, intptr_t, intptr_t, const real *, const real *,
+                       real *const *, intptr_t);
 
 /* rows <= tile_rows(nv), nv is 3 or 4. */
-INLINE void tile(intptr_t rows, int nv, const real *const *a, intptr_t k0, intptr_t k1, const real *w,
-                 const real *init, real *const *c, intptr_t col) {
+INLINE void tile(intptr_t rows, int nv, const real *const *a, intptr_t k0, intptr_t k1,
+                 const real *w, const real *init, real *const *c, intptr_t col) {
 #if VBYTES == 64
-    static const TileFn nv3[] = {0, tile_1x3, tile_2x3, tile_3x3, tile_4x3, tile_5x3, tile_6x3, tile_7x3, tile_8x3};
+    static const TileFn nv3[] = {0, tile_1x3, tile_2x3, tile_3x3, tile_4x3,
+                                 tile_5x3, tile_6x3, tile_7x3, tile_8x3};
     static const TileFn nv4[] = {0, tile_1x4, tile_2x4, tile_3x4, tile_4x4, tile_5x4, tile_6x4};
 #else
     static const TileFn nv3[] = {0, tile_1x3, tile_2x3, tile_3x3, tile_4x3};
@@ -101,11 +107,12 @@ INLINE void tile(intptr_t rows, int nv, const real *const *a, intptr_t k0, intpt
     (nv == 4 ? nv4 : nv3)[rows](a, k0, k1, w, init, c, col);
 }
 
-/* One row times `panels` neighbouring panels, `panel` reals apart in w and `panel_c` in c: c += a w. A single panel has
- * 3 or 4 chains of additions where the FMA units hold 8, and one stream from memory. Bits as tile's. With B = 1, T 100,
- * forward: GRU 1.23 times as fast as panel by panel, LSTM 1.14, RNN 1.07 to 1.2 (Zen 3, AVX2, H 64 to 1024). */
-INLINE void row_fixed(const int panels, const int nv, const real *a, intptr_t k0, intptr_t k1, const real *w,
-                      intptr_t panel, real *c, intptr_t panel_c) {
+/* One row times `panels` neighbouring panels, `panel` reals apart in w and `panel_c` in c:
+ * c += a w. A single panel has 3 or 4 chains of additions where the FMA units hold 8, and one
+ * stream from memory. Bits as tile's. With B = 1, T 100, forward: GRU 1.23 times as fast as panel
+ * by panel, LSTM 1.14, RNN 1.07 to 1.2 (Zen 3, AVX2, H 64 to 1024). */
+INLINE void row_fixed(const int panels, const int nv, const real *a, intptr_t k0, intptr_t k1,
+                      const real *w, intptr_t panel, real *c, intptr_t panel_c) {
     do {
         vec acc[ROW_PANELS][4] = {};
         intptr_t end = k1 - k0 < SUM_CHUNK ? k1 : k0 + SUM_CHUNK;
@@ -125,38 +132,41 @@ INLINE void row_fixed(const int panels, const int nv, const real *a, intptr_t k0
     } while (k0 < k1);
 }
 
-#define ROW_TILE(P, NV)                                                                                                \
-    static __attribute__((noinline, unused)) void row_tile_##P##x##NV(                                                 \
-        const real *a, intptr_t k0, intptr_t k1, const real *w, intptr_t panel, real *c, intptr_t panel_c) {           \
-        row_fixed(P, NV, a, k0, k1, w, panel, c, panel_c);                                                             \
+#define ROW_TILE(P, NV)                                                                            \
+    static __attribute__((noinline, unused)) void row_tile_##P##x##NV(                             \
+        const real *a, intptr_t k0, intptr_t k1, const real *w, intptr_t panel, real *c,           \
+        intptr_t panel_c) {                                                                        \
+        row_fixed(P, NV, a, k0, k1, w, panel, c, panel_c);                                         \
     }
 ROW_TILE(1, 3) ROW_TILE(2, 3) ROW_TILE(3, 3) ROW_TILE(1, 4) ROW_TILE(2, 4) ROW_TILE(3, 4)
 #undef ROW_TILE
 
-typedef void (*RowTileFn)(const real *, intptr_t, intptr_t, const real *, intptr_t, real *, intptr_t);
+typedef void (*RowTileFn)(const real *, intptr_t, intptr_t, const real *, intptr_t, real *,
+                          intptr_t);
 
 /* panels <= ROW_PANELS, nv is 3 or 4. */
-INLINE void row_tile(intptr_t panels, int nv, const real *a, intptr_t k0, intptr_t k1, const real *w, intptr_t panel,
-                     real *c, intptr_t panel_c) {
+INLINE void row_tile(intptr_t panels, int nv, const real *a, intptr_t k0, intptr_t k1,
+                     const real *w, intptr_t panel, real *c, intptr_t panel_c) {
     static const RowTileFn nv3[] = {0, row_tile_1x3, row_tile_2x3, row_tile_3x3};
     static const RowTileFn nv4[] = {0, row_tile_1x4, row_tile_2x4, row_tile_3x4};
     (nv == 4 ? nv4 : nv3)[panels](a, k0, k1, w, panel, c, panel_c);
 }
 
-/* Transposes VL x VL in registers by log2(VL) steps of two-register shuffles: packing takes 0.18 ns an element (Zen 3,
- * AVX2, 64 columns), against 0.98 with shuffles that are no single instruction and a branch for every row. */
+/* Transposes VL x VL in registers by log2(VL) steps of two-register shuffles: packing takes
+ * 0.18 ns an element (Zen 3, AVX2, 64 columns), against 0.98 with shuffles that are no single
+ * instruction and a branch for every row. */
 #define LOWER(l, d) ((l) & (d) ? VL + ((l) ^ (d)) : (l))
 #define UPPER(l, d) ((l) & (d) ? VL + (l) : (l) ^ (d))
-#define BUTTERFLY(d)                                                                                                   \
-    for (int i = 0; i < VL && d < VL; i++)                                                                             \
-        if (!(i & (d))) {                                                                                              \
-            vec a = v[i], b = v[i + (d) % VL];                                                                         \
-            v[i] = __builtin_shufflevector(a, b, LANES(LOWER, (d) % VL));                                              \
-            v[i + (d) % VL] = __builtin_shufflevector(a, b, LANES(UPPER, (d) % VL));                                   \
+#define BUTTERFLY(d)                                                                               \
+    for (int i = 0; i < VL && d < VL; i++)                                                         \
+        if (!(i & (d))) {                                                                          \
+            vec a = v[i], b = v[i + (d) % VL];                                                     \
+            v[i] = __builtin_shufflevector(a, b, LANES(LOWER, (d) % VL));                          \
+            v[i + (d) % VL] = __builtin_shufflevector(a, b, LANES(UPPER, (d) % VL));               \
         }
 
-/* The butterfly of neighbouring lanes is no single instruction for float32, unpacking in 128-bit lanes is; it leaves the
- * middle two of every four vectors swapped. */
+/* The butterfly of neighbouring lanes is no single instruction for float32, unpacking in 128-bit
+ * lanes is; it leaves the middle two of every four vectors swapped. */
 #define UNPACK_LOW(l, d) (((l) & ~3) + (((l) & 3) >> 1) + ((l) & (d) ? VL : 0))
 #define UNPACK_HIGH(l, d) (UNPACK_LOW(l, d) + 2)
 
@@ -181,16 +191,19 @@ INLINE void transpose(vec v[VL]) {
     BUTTERFLY(8)
 }
 
-/* Half of the vectors: their lanes are sums of two neighbouring groups of d lanes of two neighbouring vectors. */
-#define ADD_GROUPS(LOW, HIGH, d)                                                                                       \
-    for (int i = 0; i < VL / (2 * (d)); i++) {                                                                         \
-        vec a = v[2 * i], b = v[2 * i + 1];                                                                            \
-        v[i] = __builtin_shufflevector(a, b, LANES(LOW, (d) % VL)) + __builtin_shufflevector(a, b, LANES(HIGH, (d) % VL)); \
+/* Half of the vectors: their lanes are sums of two neighbouring groups of d lanes
+ * of two neighbouring vectors. */
+#define ADD_GROUPS(LOW, HIGH, d)                                                                   \
+    for (int i = 0; i < VL / (2 * (d)); i++) {                                                     \
+        vec a = v[2 * i], b = v[2 * i + 1];                                                        \
+        v[i] = __builtin_shufflevector(a, b, LANES(LOW, (d) % VL)) +                               \
+               __builtin_shufflevector(a, b, LANES(HIGH, (d) % VL));                               \
     }
 #define EVEN(l, d) (((l) & ~3) + ((l) & 1) * 2 + ((l) & 2 ? VL : 0))
 #define ODD(l, d) (EVEN(l, d) + 1)
 
-/* Lane l is the sum of v[l]'s lanes. VL - 1 additions and twice as many shuffles; a transposition has VL log2(VL). */
+/* Lane l is the sum of v[l]'s lanes. VL - 1 additions and twice as many shuffles;
+ * a transposition has VL log2(VL). */
 INLINE vec sum_rows(vec v[VL]) {
 #if REAL_BITS == 32
     ADD_GROUPS(EVEN, ODD, 1)
@@ -204,8 +217,10 @@ INLINE vec sum_rows(vec v[VL]) {
     return v[0];
 }
 
-/* dst[k][lane] = src[lane][k] for VL source rows (NULL reads as zeros); consecutive k are `ld` apart in dst. */
-static __attribute__((unused)) void pack_transposed(const real *const *src, intptr_t K, real *dst, intptr_t ld) {
+/* dst[k][lane] = src[lane][k] for VL source rows (NULL reads as zeros);
+ * consecutive k are `ld` apart in dst. */
+static __attribute__((unused)) void pack_transposed(const real *const *src, intptr_t K, real *dst,
+                                                    intptr_t ld) {
     int all = 1;
     for (int l = 0; l < VL; l++)
         all &= src[l] != 0;
@@ -246,9 +261,11 @@ INLINE void add_row(real *sum, const real *row, intptr_t n) {
 /* ---- a hash that detects changed weights */
 
 typedef uint64_t words __attribute__((vector_size(VBYTES)));
-enum { WORDS = VBYTES / 8, HASH_CHAINS = 64 / VBYTES * 2 }; /* 128 bytes at once: the same hash at every level */
+/* 128 bytes at once: the same hash at every level. */
+enum { WORDS = VBYTES / 8, HASH_CHAINS = 64 / VBYTES * 2 };
 
-/* The low times the high 32 bits of every word: one instruction, which the compiler does not find. */
+/* The low times the high 32 bits of every word: one instruction,
+ * which the compiler does not find. */
 INLINE words fold(words a) {
 #if VBYTES == 64
     return (words)_mm512_mul_epu32((__m512i)a, (__m512i)(a >> 32));
@@ -261,9 +278,11 @@ INLINE words fold(words a) {
 #endif
 }
 
-/* 64-bit hash of n 64-bit words (the accumulation step of XXH3 with a key that moves with the position): a word changed
- * anywhere changes it. LSTM weights at 19 (H 64) to 46 GB/s (H 256), with keys by multiplication at 7 (Zen 3, AVX2). */
-static __attribute__((unused)) uint64_t hash_words(const uint64_t *word, intptr_t n, uint64_t seed) {
+/* 64-bit hash of n 64-bit words (the accumulation step of XXH3 with a key that moves with the
+ * position): a word changed anywhere changes it. LSTM weights at 19 (H 64) to 46 GB/s (H 256), with
+ * keys by multiplication at 7 (Zen 3, AVX2). */
+static __attribute__((unused)) uint64_t hash_words(const uint64_t *word, intptr_t n,
+                                                   uint64_t seed) {
     const uint64_t odd = 0x9E3779B97F4A7C15u;
     words acc[HASH_CHAINS], key[HASH_CHAINS];
     for (int c = 0; c < HASH_CHAINS; c++)

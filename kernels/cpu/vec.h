@@ -1,8 +1,9 @@
 /* vec.h: the SIMD vocabulary. One source for every lane count and both float types.
  *
- * Built once per (ISA level, dtype): VBYTES is the register width in bytes (16, 32, 64) and REAL_BITS 32 or 64.
- * `vec` is a GCC/Clang vector of VL reals, so + - * / are element-wise. No intrinsics, everything is static.
- * NaN goes through every function; exp, tanh and sigmoid are branch-free with the stated maximum errors.
+ * Built once per (ISA level, dtype): VBYTES is the register width in bytes (16, 32, 64) and
+ * REAL_BITS 32 or 64. `vec` is a GCC/Clang vector of VL reals, so + - * / are element-wise.
+ * No intrinsics, everything is static. NaN goes through every function; exp, tanh and sigmoid are
+ * branch-free with the stated maximum errors.
  */
 #ifndef FASTSEQ_VEC_H
 #define FASTSEQ_VEC_H
@@ -102,8 +103,9 @@ INLINE vec clamp(vec x, real limit) {
 #endif
 }
 
-/* 1 / d for finite d. float32 with AVX-512: an estimate of 14 bits and one Newton step, 2 ULP. A zmm division
- * keeps Zen 4's divider busy for 10 cycles and an LSTM cell has five: the cell took 33 ns a vector, without them 27. */
+/* 1 / d for finite d. float32 with AVX-512: an estimate of 14 bits and one Newton step, 2 ULP.
+ * A zmm division keeps Zen 4's divider busy for 10 cycles and an LSTM cell has five: the cell
+ * took 33 ns a vector, without them 27. */
 INLINE vec reciprocal(vec d) {
 #if VBYTES == 64 && REAL_BITS == 32
     vec y = _mm512_rcp14_ps(d);
@@ -113,7 +115,8 @@ INLINE vec reciprocal(vec d) {
 #endif
 }
 
-/* n / d for finite d, corrected by the remainder, so that 1 comes out where the true quotient rounds to 1. */
+/* n / d for finite d, corrected by the remainder, so that 1 comes out where the
+ * true quotient rounds to 1. */
 INLINE vec divide(vec n, vec d) {
 #if VBYTES == 64 && REAL_BITS == 32
     vec y = reciprocal(d), q = n * y;
@@ -124,7 +127,8 @@ INLINE vec divide(vec n, vec d) {
 }
 
 /* 2^n and expm1(r) with x = n ln2 + r, |r| <= ln2 / 2 (Cody & Waite 1980); |x| <= EXP_MAX or NaN.
- * expm1(r) = r + r^2 q(r); q interpolates at the Chebyshev points: relative error 7.8e-9 / 1.3e-17. */
+ * expm1(r) = r + r^2 q(r); q interpolates at the Chebyshev points:
+ * relative error 7.8e-9 / 1.3e-17. */
 INLINE vec expm1_reduced(vec x, vec *scale) {
     vec shifted = x * LOG2E + ROUND_MAGIC;
     vec n = shifted - ROUND_MAGIC;
@@ -149,14 +153,15 @@ INLINE vec expm1_reduced(vec x, vec *scale) {
     return q * (r * r) + r;
 }
 
-/* 1 / (1 + e^-x). Max error 3 ULP; exactly 0 below -EXP_MAX, where a denormal would follow, and exactly 1 when
- * saturated above: the derivative s (1 - s) is then 0 as in the reference. */
+/* 1 / (1 + e^-x). Max error 3 ULP; exactly 0 below -EXP_MAX, where a denormal would follow, and
+ * exactly 1 when saturated above: the derivative s (1 - s) is then 0 as in the reference. */
 INLINE vec sigmoid(vec x) {
     vec scale, p = expm1_reduced(clamp(-x, EXP_MAX), &scale);
     return choose(x < -EXP_MAX, (vec){0}, reciprocal(1 + (p * scale + scale)));
 }
 
-/* e^x = (e^(x/2))^2, so that overflow to infinity and underflow to 0 come by themselves. Max error 4 ULP. */
+/* e^x = (e^(x/2))^2, so that overflow to infinity and underflow to 0 come by themselves.
+ * Max error 4 ULP. */
 INLINE vec exp_(vec x) {
     vec scale, p = expm1_reduced(clamp(x * (real)0.5, EXP_MAX), &scale);
     vec root = p * scale + scale;
