@@ -1,14 +1,17 @@
 # The backward scan of one job, and the products after it.
 #
-#   dh_t    = dy_t + dGATES_{t+1} W_hh + what reached h_t directly          (with a projection: then dm_t = dh_t W_hr)
-#   dGATES_t, dc_{t-1} = cell'(dh_t, dc_t, saved)                           tile by tile, as in forward
-#   dx      = dGATES W_ih        dW_ih = sum dGATES' x        dW_hh = sum dGATES' h_{t-1}        db = sum dGATES
+#   dh_t = dy_t + dGATES_{t+1} W_hh + what reached h_t directly
+#   dm_t = dh_t W_hr                                            with a projection
+#   dGATES_t, dc_{t-1} = cell'(dh_t, dc_t, saved)               tile by tile, as in forward
+#   dx = dGATES W_ih    dW_ih = sum dGATES' x    dW_hh = sum dGATES' h_{t-1}    db = sum dGATES
 #
-# The products follow the scan chunk by chunk, while the chunk's dGATES are in cache, and only a ring of them is kept.
-# Step -1 is the initial state. Cost: twice the forward's FLOP, two barriers a chunk.
+# The products follow the scan chunk by chunk, while the chunk's dGATES are in cache, and
+# only a ring of them is kept. Step -1 is the initial state. Cost: twice the forward's
+# FLOP, two barriers a chunk.
 
 cdef enum:
-    PRODUCT_ROWS = 512          # rows (t, b) of a chunk; LSTM B128 H128 trains in 60 ms, with all T at once 84 (Zen 4)
+    # rows (t, b) of a chunk; LSTM B128 H128 trains in 60 ms, with all T at once 84 (Zen 4)
+    PRODUCT_ROWS = 512
 
 
 cdef struct Backward:
@@ -21,7 +24,8 @@ cdef struct Backward:
     Py_ssize_t active           # rows the scan has reached
     Py_ssize_t r0, r1           # its panels of the R columns of h
     Py_ssize_t u0, u1           # its panels of the H units; those of R without a projection
-    real *acc                   # (n, 4 * VL): one panel of a product, or ROW_PANELS of a single row; or whole rows
+    # (n, 4 * VL): one panel of a product, or ROW_PANELS of a single row; or whole rows
+    real *acc
     Py_ssize_t acc_stride       # from row to row
     real **acc_row
     Rows rows
@@ -106,7 +110,8 @@ cdef void backward_slots(Backward *g) noexcept nogil:
     g.rows.row[DH_PRODUCT] = NULL
 
 
-cdef const real *h_before(const Job *job, const real *zero, Py_ssize_t s, Py_ssize_t t, Py_ssize_t b) noexcept nogil:
+cdef const real *h_before(const Job *job, const real *zero, Py_ssize_t s, Py_ssize_t t,
+                          Py_ssize_t b) noexcept nogil:
     if is_reset(job, t, b):
         return zero
     if s == 0:
@@ -114,7 +119,8 @@ cdef const real *h_before(const Job *job, const real *zero, Py_ssize_t s, Py_ssi
     return job.y + (t + 1 if job.reverse else t - 1) * job.y_t + b * job.y_b
 
 
-cdef const real *c_before(const Job *job, const real *zero, Py_ssize_t s, Py_ssize_t t, Py_ssize_t b) noexcept nogil:
+cdef const real *c_before(const Job *job, const real *zero, Py_ssize_t s, Py_ssize_t t,
+                          Py_ssize_t b) noexcept nogil:
     if is_reset(job, t, b):
         return zero
     if s == 0:
@@ -123,7 +129,8 @@ cdef const real *c_before(const Job *job, const real *zero, Py_ssize_t s, Py_ssi
 
 
 cdef void backward_rows(Backward *g, Py_ssize_t s, Py_ssize_t active) noexcept nogil:
-    """Point at what flows into step s from the one after it and from outside, and at what it keeps."""
+    """Point at what flows into step s from the one after it and from
+    outside, and at what it keeps."""
     cdef Job *job = g.part.job
     cdef const Shape *shape = &job.shape
     cdef Py_ssize_t i, b, t
@@ -165,13 +172,16 @@ cdef void backward_rows(Backward *g, Py_ssize_t s, Py_ssize_t active) noexcept n
         if row[GATES] != NULL:
             row[GATES][i] = job.gates + (t * job.B + b) * shape.gate_row
         if row[H] != NULL:
-            row[H][i] = job.m + t * job.m_t + b * shape.H if job.zoneout else job.y + t * job.y_t + b * job.y_b
+            row[H][i] = (job.m + t * job.m_t + b * shape.H if job.zoneout
+                         else job.y + t * job.y_t + b * job.y_b)
         if row[H_PREV] != NULL:
             row[H_PREV][i] = <real *>h_before(job, zero, s, t, b)
         if shape.cell.has_c:
-            row[C][i] = job.m_c + t * job.m_c_t + b * shape.H if job.zoneout else job.c + t * job.c_t + b * job.c_b
+            row[C][i] = (job.m_c + t * job.m_c_t + b * shape.H if job.zoneout
+                         else job.c + t * job.c_t + b * job.c_b)
             row[C_PREV][i] = <real *>c_before(job, zero, s, t, b)
-            row[DC_EXTERNAL][i] = zero if job.dc == NULL else <real *>job.dc + t * job.dc_t + b * job.dc_b
+            row[DC_EXTERNAL][i] = (zero if job.dc == NULL
+                                   else <real *>job.dc + t * job.dc_t + b * job.dc_b)
         if job.zoneout:
             zoneout_rows(g, i, t, b)
 
@@ -194,7 +204,8 @@ cdef void zoneout_rows(Backward *g, Py_ssize_t i, Py_ssize_t t, Py_ssize_t b) no
 
 
 cdef void collect(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) noexcept nogil:
-    """dh = product + dy + dh_in, kept: the initial state's gradient, or what a projection passes on."""
+    """dh = product + dy + dh_in, kept: the initial state's gradient, or what
+    a projection passes on."""
     cdef Py_ssize_t valid = imin(4 * VL, g.part.job.shape.R - col), r, k
     cdef const real *dy
     cdef const real *dh_in
@@ -210,7 +221,8 @@ cdef void collect(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) n
 
 
 cdef void limit_flow(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) noexcept nogil:
-    """acc = product + dh_in, limited, where they come from the step after; of dh_in nothing is left."""
+    """acc = product + dh_in, limited, where they come from the step after; of
+    dh_in nothing is left."""
     cdef Py_ssize_t valid = imin(4 * VL, g.part.job.shape.R - col), r, k
     cdef real *dh_in
     for r in range(first, first + n):
@@ -241,7 +253,8 @@ cdef void zoneout_split(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit
             split_row(dc, g.past_c + r * H_ + unit, at_unit(g.zoneout_c[r], unit), valid)
 
 
-cdef void zoneout_join(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width) noexcept nogil:
+cdef void zoneout_join(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit,
+                       Py_ssize_t width) noexcept nogil:
     """What went past the cell comes to what it gives the states before."""
     cdef const Shape *s = &g.part.job.shape
     cdef Py_ssize_t valid = imin(width, s.H - unit), r
@@ -253,8 +266,8 @@ cdef void zoneout_join(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit,
             add_row(g.rows.row[DC_OUT][r] + unit, g.past_c + r * s.H + unit, valid)
 
 
-cdef inline void backward_cell(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width,
-                               real *product) noexcept nogil:
+cdef inline void backward_cell(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit,
+                               Py_ssize_t width, real *product) noexcept nogil:
     """The cell of n rows, zoneout around it; what flows back through c is limited."""
     cdef Job *job = g.part.job
     cdef Py_ssize_t r
@@ -270,14 +283,15 @@ cdef inline void backward_cell(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize
 
 
 cdef inline real *acc_at(Backward *g, Py_ssize_t i, Py_ssize_t panel) noexcept nogil:
-    """Where row i of a panel is summed: the panels take the same place, unless the cell needs whole rows."""
+    """Where row i of a panel is summed: the panels take the same place, unless the
+    cell needs whole rows."""
     return g.acc + i * g.acc_stride + (panel * 4 * VL if g.part.job.shape.cell.whole_rows else 0)
 
 
-cdef inline void finish_panel(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t panel, bint to_cell,
-                              bint flow) noexcept nogil:
-    """n rows of a panel, summed, go to the cell, unless that waits for all panels, or are kept as dh. `flow`: they
-    come from the step after."""
+cdef inline void finish_panel(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_t panel,
+                              bint to_cell, bint flow) noexcept nogil:
+    """n rows of a panel, summed, go to the cell, unless that waits for all panels, or are kept as
+    dh. `flow`: they come from the step after."""
     cdef Job *job = g.part.job
     cdef Py_ssize_t width = 4 * VL, col = panel * width, R = job.shape.R, r
     cdef const real *mask
@@ -293,10 +307,11 @@ cdef inline void finish_panel(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_
         backward_cell(g, i, n, col, width, g.acc_row[i])
 
 
-cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
-                           Py_ssize_t active, bint to_cell) noexcept nogil:
-    """a W panel by panel. In blocks of k, so that a panel's block stays in L2 for all rows. Where nothing flows back,
-    at a row's end and before a reset, the row is zero even if a weight is not finite."""
+cdef void backward_product(Backward *g, const real **a, Py_ssize_t K, const real *w, Py_ssize_t p0,
+                           Py_ssize_t p1, Py_ssize_t active, bint to_cell) noexcept nogil:
+    """a W panel by panel. In blocks of k, so that a panel's block stays in L2 for all
+    rows. Where nothing flows back, at a row's end and before a reset, the row is zero even
+    if a weight is not finite."""
     cdef const Shape *s = &g.part.job.shape
     cdef bint flow = a == g.from_gates
     cdef Py_ssize_t panel, i
@@ -326,8 +341,8 @@ cdef void backward_panel(Backward *g, const real **a, Py_ssize_t K, const real *
         left -= 1
 
 
-cdef void backward_row(Backward *g, const real *a, Py_ssize_t K, const real *w, Py_ssize_t p0, Py_ssize_t p1,
-                       bint to_cell, bint flow) noexcept nogil:
+cdef void backward_row(Backward *g, const real *a, Py_ssize_t K, const real *w, Py_ssize_t p0,
+                       Py_ssize_t p1, bint to_cell, bint flow) noexcept nogil:
     """The same for a single row, a few panels at a time."""
     cdef Py_ssize_t width = 4 * VL, panel = p0, n, p
     cdef real *acc
@@ -376,7 +391,8 @@ cdef void backward_steps(Backward *g, Py_ssize_t s0, Py_ssize_t s1) noexcept nog
         if s >= 0 and shape.P > 0:
             for i in range(g.active):
                 g.rows.row[DY][i] = g.rows.row[DH_IN][i] = g.part.zero
-            backward_product(g, <const real **>g.dh_row, shape.P, g.w + g.at.w_hr, g.u0, g.u1, g.active, True)
+            backward_product(g, <const real **>g.dh_row, shape.P, g.w + g.at.w_hr, g.u0, g.u1,
+                             g.active, True)
             sync(&g.part)
 
 
@@ -393,7 +409,7 @@ cdef void backward_scan(Backward *g) noexcept nogil:
         g.first = False
         s1 = s0
     backward_steps(g, -1, 0)
-    if shape.cell.has_c:                # dc0 is the carried dc, except where the first step was a reset
+    if shape.cell.has_c:        # dc0 is the carried dc, except where the first step was a reset
         i = g.part.own
         while i < g.part.n:
             if g.rows.row[DC_IN][i] != g.rows.row[DC_OUT][i]:
