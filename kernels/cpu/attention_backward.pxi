@@ -15,7 +15,7 @@ cdef enum:
     # queries of a block: whole tiles of 6, as BACK_KEYS are, and of all panels
     BACK_ROWS = 48
     BACK_KEYS = 192
-    BACK_ROW = BACK_KEYS + 16
+    BACK_STRIDE = BACK_KEYS + 16    # of a row of scores, off powers of two
     SEGMENT = 2048                  # queries packed at once
 
 
@@ -40,7 +40,7 @@ cdef struct Backward:               # one thread's
     bint k_finite
     real *delta                     # SEGMENT
     Limits *limit                   # SEGMENT
-    real *weights                   # (BACK_ROWS, BACK_ROW): P
+    real *weights                   # (BACK_ROWS, BACK_STRIDE): P
     real *ds                        # dP, then dS
     real *factor                    # of the softcap and the user's function of the scores
     real *zero                      # PANEL
@@ -87,9 +87,9 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     g.k_rows = <real *>take(arena, BACK_KEYS * D * real_bytes)
     g.delta = <real *>take(arena, rows * real_bytes)
     g.limit = <Limits *>take(arena, rows * sizeof(Limits))
-    g.weights = <real *>take(arena, BACK_ROWS * BACK_ROW * real_bytes)
-    g.ds = <real *>take(arena, BACK_ROWS * BACK_ROW * real_bytes)
-    g.factor = <real *>take(arena, (BACK_ROWS * BACK_ROW if has_factor(p) else 0) * real_bytes)
+    g.weights = <real *>take(arena, BACK_ROWS * BACK_STRIDE * real_bytes)
+    g.ds = <real *>take(arena, BACK_ROWS * BACK_STRIDE * real_bytes)
+    g.factor = <real *>take(arena, (BACK_ROWS * BACK_STRIDE if has_factor(p) else 0) * real_bytes)
     g.zero = <real *>take(arena, PANEL * real_bytes)
 
 
@@ -131,9 +131,9 @@ cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py
     cdef const Problem *p = g.p
     cdef const RowOptions *o = &g.options[r]
     cdef const Limits *at = &g.at[r]
-    cdef real *w = g.weights + r * BACK_ROW
-    cdef real *ds = g.ds + r * BACK_ROW
-    cdef real *factor = g.factor + r * BACK_ROW if has_factor(p) else NULL
+    cdef real *w = g.weights + r * BACK_STRIDE
+    cdef real *ds = g.ds + r * BACK_STRIDE
+    cdef real *factor = g.factor + r * BACK_STRIDE if has_factor(p) else NULL
     cdef real lse = of_query(p, &p.lse, b, h, i)[0]
     cdef View *db = <View *>&p.dbias
     if at.lo >= at.hi or lse == -INFINITY:
@@ -196,7 +196,7 @@ cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, 
                               g.at[first + r].hi)
         q[r], d_o[r] = (g.q_rows + (segment + first + r) * round_up(p.D),
                         of_query(p, &p.d_o, b, h, i))
-        w[r], ds[r] = g.weights + (first + r) * BACK_ROW, g.ds + (first + r) * BACK_ROW
+        w[r], ds[r] = g.weights + (first + r) * BACK_STRIDE, g.ds + (first + r) * BACK_STRIDE
         dq[r] = dq_part(g, b, slab, h, i)
     if tile.lo < tile.hi:
         if is_decode(p, b):
@@ -240,16 +240,17 @@ cdef void key_gradients(Backward *g, Py_ssize_t rows, Py_ssize_t segment, Py_ssi
         w, ds = g.weights + j, g.ds + j
         if first < end:
             if d_o[0] != 0:
-                panels(<int>keys, 1, &w, BACK_ROW, first, end, d_o + BACK_ROWS, rows, p.DV, 0, p.DV,
-                       NULL, dv)
+                panels(<int>keys, 1, &w, BACK_STRIDE, first, end, d_o + BACK_ROWS, rows, p.DV,
+                       0, p.DV, NULL, dv)
             else:
-                panels_sparse(<int>keys, 1, &w, BACK_ROW, first, end, d_o + BACK_ROWS, rows, p.DV,
-                              dv)
+                panels_sparse(<int>keys, 1, &w, BACK_STRIDE, first, end, d_o + BACK_ROWS, rows,
+                              p.DV, dv)
             if q[0] != 0:
-                panels(<int>keys, 1, &ds, BACK_ROW, first, end, q + BACK_ROWS, rows, p.D, 0, p.D,
-                       NULL, dk)
+                panels(<int>keys, 1, &ds, BACK_STRIDE, first, end, q + BACK_ROWS, rows, p.D,
+                       0, p.D, NULL, dk)
             else:
-                panels_sparse(<int>keys, 1, &ds, BACK_ROW, first, end, q + BACK_ROWS, rows, p.D, dk)
+                panels_sparse(<int>keys, 1, &ds, BACK_STRIDE, first, end, q + BACK_ROWS, rows,
+                              p.D, dk)
         j += keys
         left -= 1
 

@@ -6,7 +6,7 @@
 # SLABS threads busy.
 # Where there are heads enough, a task is a whole head: q and dO are packed once for all its slabs.
 
-cdef bint backward_heads(const Problem *p, int threads) noexcept nogil:
+cdef bint backward_by_heads(const Problem *p, int threads) noexcept nogil:
     """Whether a task is a whole head: as many for every thread, or so many that one more
     counts little, short enough that a thread's parts and sums stay near, and none that
     shares a bias gradient."""
@@ -112,7 +112,7 @@ cdef void backward_slabs(Backward *g, Barrier *barrier, int rank, int size,
         n += size
 
 
-cdef void backward_whole_heads(Backward *g, int64_t *counter) noexcept nogil:
+cdef void backward_heads(Backward *g, int64_t *counter) noexcept nogil:
     cdef const Problem *p = g.p
     cdef Py_ssize_t b, hk, h
     cdef int64_t task = next_task(counter)

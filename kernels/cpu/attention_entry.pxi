@@ -99,7 +99,7 @@ cdef void run_backward(Call *call, int rank, int size) noexcept nogil:
         backward_layout(&g, &arena)
         memset(g.zero, 0, PANEL * sizeof(real))
         if call.parts == NULL:
-            backward_whole_heads(&g, call.counters)
+            backward_heads(&g, call.counters)
         else:
             backward_slabs(&g, call.barrier, rank, size, call.counters)
     free(at)
@@ -138,7 +138,7 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     memset(call.barrier, 0, 128 + (waves + 2) * sizeof(int64_t))
     call.counters = <int64_t *>(<char *>call.barrier + 128)
     if call.backward:
-        if backward_heads(p, threads):
+        if backward_by_heads(p, threads):
             return True
         call.part_first = <int64_t *>get_memory((p.B + 1) * sizeof(int64_t))
         if call.part_first == NULL:
@@ -156,7 +156,7 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     call.parts = <real *>get_memory(max(reals, 1) * sizeof(real))
     if call.parts == NULL:
         return False
-    if whole_heads(p, threads):
+    if forward_by_heads(p, threads):
         return True
     reals = wave_reals(p, f.block_reals)
     call.packed = <real *>get_memory(max(reals, 1) * sizeof(real))

@@ -221,7 +221,7 @@ cdef Py_ssize_t wave_reals(const Problem *p, Py_ssize_t block_reals) noexcept no
     return most
 
 
-cdef bint whole_heads(const Problem *p, int threads) noexcept nogil:
+cdef bint forward_by_heads(const Problem *p, int threads) noexcept nogil:
     """Whether a task is a head: many heads of few blocks, where a barrier and
     cold packs would cost."""
     cdef Py_ssize_t rows = most_of(p.q_len, p.B) * p.group

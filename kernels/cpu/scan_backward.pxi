@@ -9,7 +9,7 @@
 # only a ring of them is kept. Step -1 is the initial state. Cost: twice the forward's
 # FLOP, two barriers a chunk.
 
-cdef void collect(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) noexcept nogil:
+cdef void keep_dh(Backward *g, Py_ssize_t first, Py_ssize_t n, Py_ssize_t col) noexcept nogil:
     """dh = product + dy + dh_in, kept: the initial state's gradient, or what
     a projection passes on."""
     cdef Py_ssize_t valid = imin(4 * VL, g.part.job.shape.R - col), r, k
@@ -108,7 +108,7 @@ cdef inline void finish_panel(Backward *g, Py_ssize_t i, Py_ssize_t n, Py_ssize_
     if flow and job.limit < INFINITY:
         limit_flow(g, i, n, col)
     if not to_cell:
-        collect(g, i, n, col)
+        keep_dh(g, i, n, col)
     elif not job.shape.cell.whole_rows:
         backward_cell(g, i, n, col, width, g.acc_row[i])
 

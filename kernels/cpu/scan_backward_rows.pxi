@@ -105,6 +105,7 @@ cdef void backward_slots(Backward *g) noexcept nogil:
 
 cdef const real *h_before(const Job *job, const real *zero, Py_ssize_t s, Py_ssize_t t,
                           Py_ssize_t b) noexcept nogil:
+    """h_{t-1} as row b read it at step s: of y, the initial state, or zeros after a reset."""
     if is_reset(job, t, b):
         return zero
     if s == 0:
@@ -114,6 +115,7 @@ cdef const real *h_before(const Job *job, const real *zero, Py_ssize_t s, Py_ssi
 
 cdef const real *c_before(const Job *job, const real *zero, Py_ssize_t s, Py_ssize_t t,
                           Py_ssize_t b) noexcept nogil:
+    """c_{t-1} as row b read it at step s: of c, the initial state, or zeros after a reset."""
     if is_reset(job, t, b):
         return zero
     if s == 0:

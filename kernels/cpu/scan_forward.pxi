@@ -127,8 +127,8 @@ cdef void forward_rows(Forward *f, Py_ssize_t s, Py_ssize_t active) noexcept nog
                 f.rows.row[C][i] = job.m_c + t * job.m_c_t + b * shape.H
 
 
-cdef void zoneout(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit,
-                  Py_ssize_t width) noexcept nogil:
+cdef void zoneout_blend(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit,
+                        Py_ssize_t width) noexcept nogil:
     """The states of n rows from what the cell made of them and those before."""
     cdef Py_ssize_t valid = imin(width, f.part.job.shape.H - unit), r
     cdef real ***row = f.rows.row
@@ -144,7 +144,7 @@ cdef inline void forward_cell(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t
                               Py_ssize_t width) noexcept nogil:
     call_cell(&f.part, &f.rows, i, n, unit, width, NULL, True)
     if f.part.job.zoneout:
-        zoneout(f, i, n, unit, width)
+        zoneout_blend(f, i, n, unit, width)
 
 
 cdef inline void forward_panels(Forward *f, Py_ssize_t panel, Py_ssize_t panels, Py_ssize_t i,
