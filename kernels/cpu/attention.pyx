@@ -1,8 +1,11 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: cdivision=True, initializedcheck=False
 # cython: freethreading_compatible=True
-"""The attention kernels: fused softmax attention, forward and backward; the scores never exist as a whole.
+"""The attention kernels: fused softmax attention, forward and backward; the scores never exist as
+a whole.
 
-Built once per ISA level and dtype from this one source (see setup.py). `contract.Attention` lists the arguments.
+Built once per ISA level and dtype from this one source (see setup.py). `contract.Attention` lists
+the arguments.
 """
 
 include "base.pxi"
@@ -12,11 +15,13 @@ cdef extern from "attention.h" nogil:
     enum:
         PANEL, TILE_ROWS, DECODE_ROWS
     Py_ssize_t round_up(Py_ssize_t n)
-    void panels(int rows, int turned, const real **a, Py_ssize_t lda, Py_ssize_t k0, Py_ssize_t k1, const real *w,
-                Py_ssize_t K, Py_ssize_t N, Py_ssize_t n0, Py_ssize_t n1, const real *init, real **c)
-    void panels_sparse(int rows, int turned, const real **a, Py_ssize_t lda, Py_ssize_t k0, Py_ssize_t k1,
-                       const real *w, Py_ssize_t K, Py_ssize_t N, real **c)
-    bint pack_panels(const real *src, Py_ssize_t ld, Py_ssize_t K, Py_ssize_t N, real scale, real *dst)
+    void panels(int rows, int turned, const real **a, Py_ssize_t lda, Py_ssize_t k0, Py_ssize_t k1,
+                const real *w, Py_ssize_t K, Py_ssize_t N, Py_ssize_t n0, Py_ssize_t n1,
+                const real *init, real **c)
+    void panels_sparse(int rows, int turned, const real **a, Py_ssize_t lda, Py_ssize_t k0,
+                       Py_ssize_t k1, const real *w, Py_ssize_t K, Py_ssize_t N, real **c)
+    bint pack_panels(const real *src, Py_ssize_t ld, Py_ssize_t K, Py_ssize_t N, real scale,
+                     real *dst)
     void pack_keys(const real *src, Py_ssize_t ld, Py_ssize_t keys, Py_ssize_t D, real *dst)
     enum:
         MOD_KEYS
@@ -39,15 +44,18 @@ cdef extern from "attention.h" nogil:
         uint32_t threshold
         real keep_scale
     void narrow(RowOptions *o, Py_ssize_t *lo, Py_ssize_t *hi)
-    real finish_scores(const RowOptions *o, real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, real *factor)
+    real finish_scores(const RowOptions *o, real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi,
+                       real *factor)
     void prefetch_keys(const real *row, Py_ssize_t stride, Py_ssize_t lo, Py_ssize_t hi)
-    real exponentials(real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t z0, Py_ssize_t z1, real m)
+    real exponentials(real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t z0,
+                      Py_ssize_t z1, real m)
     uint64_t dropout_key(uint64_t seed, uint64_t head, uint64_t query)
     void drop(const RowOptions *o, real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi)
     bint is_product(const RowOptions *o)
-    void score_gradients(const RowOptions *o, real *s, real *dp, real lse, real delta, Py_ssize_t j0, Py_ssize_t lo,
-                         Py_ssize_t hi, Py_ssize_t z0, Py_ssize_t z1)
-    void nan_gradients(real *s, real *dp, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t z0, Py_ssize_t z1)
+    void score_gradients(const RowOptions *o, real *s, real *dp, real lse, real delta,
+                         Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t z0, Py_ssize_t z1)
+    void nan_gradients(real *s, real *dp, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi,
+                       Py_ssize_t z0, Py_ssize_t z1)
     void multiply_row(real *a, const real *b, Py_ssize_t n)
     void add_strided(real *sum, Py_ssize_t stride, const real *row, Py_ssize_t n)
     real exp_real(real x)
@@ -55,9 +63,12 @@ cdef extern from "attention.h" nogil:
     void scale_row(real *c, Py_ssize_t n, real by)
     void copy_scaled(real *to, const real *src, Py_ssize_t n, real by)
     real dot(const real *a, const real *b, Py_ssize_t n)
-    void dots(Py_ssize_t rows, const real **q, const real *k, Py_ssize_t ld, Py_ssize_t n, Py_ssize_t D, real **s)
-    void weigh(Py_ssize_t rows, const real **p, const real *v, Py_ssize_t ld, Py_ssize_t n, Py_ssize_t DV, real **o)
-    void weigh_sparse(const real *p, const real *v, Py_ssize_t ld, Py_ssize_t n, Py_ssize_t DV, real *o)
+    void dots(Py_ssize_t rows, const real **q, const real *k, Py_ssize_t ld, Py_ssize_t n,
+              Py_ssize_t D, real **s)
+    void weigh(Py_ssize_t rows, const real **p, const real *v, Py_ssize_t ld, Py_ssize_t n,
+               Py_ssize_t DV, real **o)
+    void weigh_sparse(const real *p, const real *v, Py_ssize_t ld, Py_ssize_t n, Py_ssize_t DV,
+                      real *o)
     bint all_finite(const real *c, Py_ssize_t n)
 
 
@@ -69,5 +80,6 @@ include "attention_problem.pxi"
 include "attention_forward.pxi"
 include "attention_decode.pxi"
 include "attention_backward.pxi"
+include "attention_backward_tasks.pxi"
 include "attention_entry.pxi"
 include "attention_rows.pxi"

@@ -1,19 +1,21 @@
-# The backward pass. With P = e^(S - lse), delta = sum dO O - dlse, and K' = dropout's kept / (1 - p):
+# The backward pass. With P = e^(S - lse), delta = sum dO O - dlse, and
+# K' = dropout's kept / (1 - p):
 #
-#   dV = (P K')' dO        dP = dO V'        dS = P (K' dP - delta)        dQ = scale dS K        dK = scale dS' Q
+#   dV = (P K')' dO        dP = dO V'        dS = P (K' dP - delta)
+#   dQ = scale dS K        dK = scale dS' Q
 #
-# S and dP are computed anew, tile by tile. A task is one slab of keys of one key/value head: it owns those rows of dK
-# and dV, and leaves its part of dQ, which are added in the order of the slabs. There are at most SLABS of them and they
-# depend on the number of keys alone: neither threads nor the batch change a sum, and one head keeps SLABS threads busy.
-# Where there are heads enough, a task is a whole head: q and dO are packed once for all its slabs.
-# Cost: 2 L S (3 D + 2 DV) FLOP a head, less what is skipped; SLABS times dQ's size, of a thread's head or of all.
+# S and dP are computed anew, tile by tile, a block of queries against a block of keys; which slab
+# of keys or which head is whose task stands in attention_backward_tasks.pxi.
+# Cost: 2 L S (3 D + 2 DV) FLOP a head, less what is skipped; SLABS times dQ's size, of a
+# thread's head or of all.
 # Source: Dao, arXiv:2307.08691, with the split over keys made fixed.
 
 cdef enum:
     SLABS = 4
-    BACK_ROWS = 48                  # queries of a block: whole tiles of 6, as BACK_KEYS are, and of all panels
+    # queries of a block: whole tiles of 6, as BACK_KEYS are, and of all panels
+    BACK_ROWS = 48
     BACK_KEYS = 192
-    BACK_ROW = BACK_KEYS + 16
+    BACK_STRIDE = BACK_KEYS + 16    # of a row of scores, off powers of two
     SEGMENT = 2048                  # queries packed at once
 
 
@@ -22,20 +24,23 @@ cdef struct Backward:               # one thread's
     real *all_parts                 # of dQ, all threads'; NULL: tasks are whole heads
     const int64_t *part_first       # (B,) where b's parts start in them
     real *own_parts                 # of the thread's head
-    real *parts                     # of the task: (slabs, part_heads, q_len, round_up(D)), heads from first_head on
+    # of the task: (slabs, part_heads, q_len, round_up(D)), heads from first_head on
+    real *parts
     Py_ssize_t part_heads, first_head
     real *dk                        # (keys of the task, round_up(D))
     real *dv                        # (keys of the task, round_up(DV))
-    real *q_pack                    # panels of a segment, BACK_ROWS rows at a time; header: whether finite
+    # panels of a segment, BACK_ROWS rows at a time; header: whether finite
+    real *q_pack
     real *do_pack
-    real *q_rows                    # (SEGMENT, round_up(D)), scaled as forward's: the same bits of the scores
+    # (SEGMENT, round_up(D)), scaled as forward's: the same bits of the scores
+    real *q_rows
     real *k_pack                    # K' panels [D][keys]
     real *v_pack                    # V' panels [DV][keys]
     real *k_rows                    # panels [keys][D], scaled
     bint k_finite
     real *delta                     # SEGMENT
     Limits *limit                   # SEGMENT
-    real *weights                   # (BACK_ROWS, BACK_ROW): P
+    real *weights                   # (BACK_ROWS, BACK_STRIDE): P
     real *ds                        # dP, then dS
     real *factor                    # of the softcap and the user's function of the scores
     real *zero                      # PANEL
@@ -51,28 +56,10 @@ cdef inline Py_ssize_t slabs(const Problem *p, Py_ssize_t b) noexcept nogil:
     return max(1, ceil_div(p.kv_len[b], slab_keys(p, b)))
 
 
-cdef inline real *dq_part(const Backward *g, Py_ssize_t b, Py_ssize_t slab, Py_ssize_t h, Py_ssize_t i) noexcept nogil:
+cdef inline real *dq_part(const Backward *g, Py_ssize_t b, Py_ssize_t slab, Py_ssize_t h,
+                          Py_ssize_t i) noexcept nogil:
     cdef const Problem *p = g.p
     return g.parts + ((slab * g.part_heads + h - g.first_head) * p.q_len[b] + i) * round_up(p.D)
-
-
-cdef void find_parts(Backward *g, Py_ssize_t b, Py_ssize_t hk) noexcept nogil:
-    """Where the parts of dQ of key/value head hk are."""
-    if g.all_parts == NULL:
-        g.parts, g.part_heads, g.first_head = g.own_parts, g.p.group, hk * g.p.group
-    else:
-        g.parts, g.part_heads, g.first_head = g.all_parts + g.part_first[b], g.p.NH, 0
-
-
-cdef bint backward_heads(const Problem *p, int threads) noexcept nogil:
-    """Whether a task is a whole head: as many for every thread, or so many that one more counts little, short enough
-    that a thread's parts and sums stay near, and none that shares a bias gradient."""
-    cdef Py_ssize_t heads = p.B * p.NK
-    if p.dbias.data != NULL and (p.dbias.stride[0] == 0 or p.dbias.stride[1] == 0):
-        return False
-    if max(most_of(p.q_len, p.B), most_of(p.kv_len, p.B)) > SEGMENT:
-        return False
-    return heads % threads == 0 or heads >= 8 * threads
 
 
 cdef inline bint has_factor(const Problem *p) noexcept nogil:
@@ -82,7 +69,8 @@ cdef inline bint has_factor(const Problem *p) noexcept nogil:
 
 cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     cdef const Problem *p = g.p
-    cdef Py_ssize_t real_bytes = sizeof(real), D = round_up(p.D), DV = round_up(p.DV), keys = 0, parts = 0, rows, b
+    cdef Py_ssize_t real_bytes = sizeof(real), D = round_up(p.D), DV = round_up(p.DV)
+    cdef Py_ssize_t keys = 0, parts = 0, rows, b
     for b in range(p.B):
         keys = max(keys, imin(p.kv_len[b], SEGMENT if g.all_parts == NULL else slab_keys(p, b)))
         if g.all_parts == NULL:
@@ -99,13 +87,14 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     g.k_rows = <real *>take(arena, BACK_KEYS * D * real_bytes)
     g.delta = <real *>take(arena, rows * real_bytes)
     g.limit = <Limits *>take(arena, rows * sizeof(Limits))
-    g.weights = <real *>take(arena, BACK_ROWS * BACK_ROW * real_bytes)
-    g.ds = <real *>take(arena, BACK_ROWS * BACK_ROW * real_bytes)
-    g.factor = <real *>take(arena, (BACK_ROWS * BACK_ROW if has_factor(p) else 0) * real_bytes)
+    g.weights = <real *>take(arena, BACK_ROWS * BACK_STRIDE * real_bytes)
+    g.ds = <real *>take(arena, BACK_ROWS * BACK_STRIDE * real_bytes)
+    g.factor = <real *>take(arena, (BACK_ROWS * BACK_STRIDE if has_factor(p) else 0) * real_bytes)
     g.zero = <real *>take(arena, PANEL * real_bytes)
 
 
-cdef void pack_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t n) noexcept nogil:
+cdef void pack_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0,
+                       Py_ssize_t n) noexcept nogil:
     """q and dO of queries i0 : i0 + n as panels, their delta and limits."""
     cdef const Problem *p = g.p
     cdef Py_ssize_t block, i, r, rows
@@ -114,9 +103,11 @@ cdef void pack_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, P
         i = block * BACK_ROWS
         rows = imin(BACK_ROWS, n - i)
         to = g.q_pack + i * (round_up(p.D) + 1)
-        to[0] = pack_panels(of_query(p, &p.q, b, h, i0 + i), p.q.i, rows, p.D, p.scale, to + BACK_ROWS)
+        to[0] = pack_panels(of_query(p, &p.q, b, h, i0 + i), p.q.i, rows, p.D, p.scale,
+                            to + BACK_ROWS)
         to = g.do_pack + i * (round_up(p.DV) + 1)
-        to[0] = pack_panels(of_query(p, &p.d_o, b, h, i0 + i), p.d_o.i, rows, p.DV, 1, to + BACK_ROWS)
+        to[0] = pack_panels(of_query(p, &p.d_o, b, h, i0 + i), p.d_o.i, rows, p.DV, 1,
+                            to + BACK_ROWS)
     for r in range(n):
         memset(g.q_rows + (r + 1) * round_up(p.D) - VL, 0, VL * sizeof(real))
         copy_scaled(g.q_rows + r * round_up(p.D), of_query(p, &p.q, b, h, i0 + r), p.D, p.scale)
@@ -126,22 +117,23 @@ cdef void pack_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, P
         limits(p, b, i0 + r, &g.limit[r].lo, &g.limit[r].hi)
 
 
-cdef void pack_slab_block(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
+cdef void pack_slab_block(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t j0,
+                          Py_ssize_t n) noexcept nogil:
     cdef const Problem *p = g.p
     pack_keys(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, g.k_pack)
     pack_keys(of_key(p, &p.v, b, hk, j0), p.v.i, n, p.DV, g.v_pack)
     g.k_finite = pack_panels(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, p.scale, g.k_rows)
 
 
-cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i, real delta, Py_ssize_t j0,
-                       Py_ssize_t n) noexcept nogil:
+cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i,
+                       real delta, Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
     """One row's scores and dP to the dropped P and dS, zeros outside its keys."""
     cdef const Problem *p = g.p
     cdef const RowOptions *o = &g.options[r]
     cdef const Limits *at = &g.at[r]
-    cdef real *w = g.weights + r * BACK_ROW
-    cdef real *ds = g.ds + r * BACK_ROW
-    cdef real *factor = g.factor + r * BACK_ROW if has_factor(p) else NULL
+    cdef real *w = g.weights + r * BACK_STRIDE
+    cdef real *ds = g.ds + r * BACK_STRIDE
+    cdef real *factor = g.factor + r * BACK_STRIDE if has_factor(p) else NULL
     cdef real lse = of_query(p, &p.lse, b, h, i)[0]
     cdef View *db = <View *>&p.dbias
     if at.lo >= at.hi or lse == -INFINITY:
@@ -155,14 +147,14 @@ cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py
     else:
         nan_gradients(w, ds, j0, at.lo, at.hi, j0, j0 + n)
     if db.data != NULL:
-        add_strided(db.data + b * db.stride[0] + h * db.stride[1] + i * db.stride[2] + at.lo * db.stride[3],
-                    db.stride[3], ds + (at.lo - j0), at.hi - at.lo)
+        add_strided(db.data + b * db.stride[0] + h * db.stride[1] + i * db.stride[2]
+                    + at.lo * db.stride[3], db.stride[3], ds + (at.lo - j0), at.hi - at.lo)
     if factor != NULL:
         multiply_row(ds, factor, n)
 
 
-cdef void decode_scores(const Problem *p, Py_ssize_t b, Py_ssize_t h, const real **q, int rows, const Limits *tile,
-                        Py_ssize_t j0, real **w) noexcept nogil:
+cdef void decode_scores(const Problem *p, Py_ssize_t b, Py_ssize_t h, const real **q, int rows,
+                        const Limits *tile, Py_ssize_t j0, real **w) noexcept nogil:
     """Scores summed as decoding does: weights from others would not add up to 1 under its lse."""
     cdef int r = 0, n
     cdef real *s[DECODE_ROWS]
@@ -175,9 +167,11 @@ cdef void decode_scores(const Problem *p, Py_ssize_t b, Py_ssize_t h, const real
         r += n
 
 
-cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t first, int rows,
-                        Py_ssize_t segment, Py_ssize_t slab, Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
-    """P, dS and dQ of rows first : first + rows of the block at query i0; `segment` is the block's place in it."""
+cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t first,
+                        int rows, Py_ssize_t segment, Py_ssize_t slab, Py_ssize_t j0,
+                        Py_ssize_t n) noexcept nogil:
+    """P, dS and dQ of rows first : first + rows of the block at query i0; `segment` is
+    the block's place in it."""
     cdef const Problem *p = g.p
     cdef const real *q[TILE_ROWS]
     cdef const real *d_o[TILE_ROWS]
@@ -191,15 +185,18 @@ cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, 
     for r in range(rows):
         i = i0 + first + r
         row_options(p, b, h, i, &g.options[first + r])
-        if clip(&g.options[first + r], g.limit[segment + first + r].lo, g.limit[segment + first + r].hi, j0, j0 + n,
-                &g.at[first + r]):
+        if clip(&g.options[first + r], g.limit[segment + first + r].lo,
+                g.limit[segment + first + r].hi, j0, j0 + n, &g.at[first + r]):
             tile.lo, tile.hi = imin(tile.lo, g.at[first + r].lo), max(tile.hi, g.at[first + r].hi)
-            prefetch_keys(g.options[first + r].bias, g.options[first + r].bias_j, g.at[first + r].lo, g.at[first + r].hi)
+            prefetch_keys(g.options[first + r].bias, g.options[first + r].bias_j,
+                          g.at[first + r].lo, g.at[first + r].hi)
             if p.dbias.data != NULL:
-                prefetch_keys(p.dbias.data + b * p.dbias.stride[0] + h * p.dbias.stride[1] + i * p.dbias.stride[2],
-                              p.dbias.stride[3], g.at[first + r].lo, g.at[first + r].hi)
-        q[r], d_o[r] = g.q_rows + (segment + first + r) * round_up(p.D), of_query(p, &p.d_o, b, h, i)
-        w[r], ds[r] = g.weights + (first + r) * BACK_ROW, g.ds + (first + r) * BACK_ROW
+                prefetch_keys(p.dbias.data + b * p.dbias.stride[0] + h * p.dbias.stride[1]
+                              + i * p.dbias.stride[2], p.dbias.stride[3], g.at[first + r].lo,
+                              g.at[first + r].hi)
+        q[r], d_o[r] = (g.q_rows + (segment + first + r) * round_up(p.D),
+                        of_query(p, &p.d_o, b, h, i))
+        w[r], ds[r] = g.weights + (first + r) * BACK_STRIDE, g.ds + (first + r) * BACK_STRIDE
         dq[r] = dq_part(g, b, slab, h, i)
     if tile.lo < tile.hi:
         if is_decode(p, b):
@@ -212,16 +209,20 @@ cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, 
     if tile.lo >= tile.hi:
         return
     if g.k_finite:
-        panels(rows, 0, <const real **>ds, 0, tile.lo - j0, tile.hi - j0, g.k_rows, n, p.D, 0, p.D, NULL, dq)
+        panels(rows, 0, <const real **>ds, 0, tile.lo - j0, tile.hi - j0, g.k_rows, n, p.D, 0, p.D,
+               NULL, dq)
     else:
-        panels_sparse(rows, 0, <const real **>ds, 0, tile.lo - j0, tile.hi - j0, g.k_rows, n, p.D, dq)
+        panels_sparse(rows, 0, <const real **>ds, 0, tile.lo - j0, tile.hi - j0, g.k_rows, n, p.D,
+                      dq)
 
 
-cdef void key_gradients(Backward *g, Py_ssize_t rows, Py_ssize_t segment, Py_ssize_t slab_key, Py_ssize_t j0,
-                        Py_ssize_t n) noexcept nogil:
-    """dV += P' dO and dK += dS' Q for the block of keys j0 : j0 + n, which starts at `slab_key` in the slab."""
+cdef void key_gradients(Backward *g, Py_ssize_t rows, Py_ssize_t segment, Py_ssize_t slab_key,
+                        Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
+    """dV += P' dO and dK += dS' Q for the block of keys j0 : j0 + n, which starts at
+    `slab_key` in the slab."""
     cdef const Problem *p = g.p
-    cdef Py_ssize_t D = round_up(p.D), DV = round_up(p.DV), j = 0, keys, left = ceil_div(n, TILE_ROWS), r, first, end
+    cdef Py_ssize_t D = round_up(p.D), DV = round_up(p.DV)
+    cdef Py_ssize_t j = 0, keys, left = ceil_div(n, TILE_ROWS), r, first, end
     cdef const real *q = g.q_pack + segment * (D + 1)
     cdef const real *d_o = g.do_pack + segment * (DV + 1)
     cdef const real *w
@@ -239,18 +240,23 @@ cdef void key_gradients(Backward *g, Py_ssize_t rows, Py_ssize_t segment, Py_ssi
         w, ds = g.weights + j, g.ds + j
         if first < end:
             if d_o[0] != 0:
-                panels(<int>keys, 1, &w, BACK_ROW, first, end, d_o + BACK_ROWS, rows, p.DV, 0, p.DV, NULL, dv)
+                panels(<int>keys, 1, &w, BACK_STRIDE, first, end, d_o + BACK_ROWS, rows, p.DV,
+                       0, p.DV, NULL, dv)
             else:
-                panels_sparse(<int>keys, 1, &w, BACK_ROW, first, end, d_o + BACK_ROWS, rows, p.DV, dv)
+                panels_sparse(<int>keys, 1, &w, BACK_STRIDE, first, end, d_o + BACK_ROWS, rows,
+                              p.DV, dv)
             if q[0] != 0:
-                panels(<int>keys, 1, &ds, BACK_ROW, first, end, q + BACK_ROWS, rows, p.D, 0, p.D, NULL, dk)
+                panels(<int>keys, 1, &ds, BACK_STRIDE, first, end, q + BACK_ROWS, rows, p.D,
+                       0, p.D, NULL, dk)
             else:
-                panels_sparse(<int>keys, 1, &ds, BACK_ROW, first, end, q + BACK_ROWS, rows, p.D, dk)
+                panels_sparse(<int>keys, 1, &ds, BACK_STRIDE, first, end, q + BACK_ROWS, rows,
+                              p.D, dk)
         j += keys
         left -= 1
 
 
-cdef bint meets(const Backward *g, Py_ssize_t segment, Py_ssize_t rows, Py_ssize_t j0, Py_ssize_t j1) noexcept nogil:
+cdef bint meets(const Backward *g, Py_ssize_t segment, Py_ssize_t rows, Py_ssize_t j0,
+                Py_ssize_t j1) noexcept nogil:
     """Whether a row of the block attends a key of j0 : j1, as far as limits tell."""
     cdef Py_ssize_t r
     for r in range(segment, segment + rows):
@@ -259,8 +265,9 @@ cdef bint meets(const Backward *g, Py_ssize_t segment, Py_ssize_t rows, Py_ssize
     return False
 
 
-cdef void gradient_block(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t rows, Py_ssize_t segment,
-                         Py_ssize_t slab, Py_ssize_t slab_key, Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
+cdef void gradient_block(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t rows,
+                         Py_ssize_t segment, Py_ssize_t slab, Py_ssize_t slab_key, Py_ssize_t j0,
+                         Py_ssize_t n) noexcept nogil:
     """Queries i0 : i0 + rows of head h against keys j0 : j0 + n."""
     cdef Py_ssize_t r = 0, height, left = ceil_div(rows, TILE_ROWS)
     if not meets(g, segment, rows, j0, j0 + n):
@@ -273,106 +280,17 @@ cdef void gradient_block(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0,
     key_gradients(g, rows, segment, slab_key, j0, n)
 
 
-cdef void backward_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t n, Py_ssize_t slab,
-                           Py_ssize_t first_key) noexcept nogil:
-    """Packed queries i0 : i0 + n of head h against the slab's keys; the task's start at first_key."""
-    cdef Py_ssize_t j0 = slab * slab_keys(g.p, b), k1 = imin(j0 + slab_keys(g.p, b), g.p.kv_len[b]), keys, i
+cdef void backward_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t n,
+                           Py_ssize_t slab, Py_ssize_t first_key) noexcept nogil:
+    """Packed queries i0 : i0 + n of head h against the slab's keys; the
+    task's start at first_key."""
+    cdef Py_ssize_t j0 = slab * slab_keys(g.p, b)
+    cdef Py_ssize_t k1 = imin(j0 + slab_keys(g.p, b), g.p.kv_len[b]), keys, i
     while j0 < k1:
         keys, i = imin(BACK_KEYS, k1 - j0), 0
         pack_slab_block(g, b, h // g.p.group, j0, keys)
         while i < n:
-            gradient_block(g, b, h, i0 + i, imin(BACK_ROWS, n - i), i, slab, j0 - first_key, j0, keys)
+            gradient_block(g, b, h, i0 + i, imin(BACK_ROWS, n - i), i, slab, j0 - first_key, j0,
+                           keys)
             i += BACK_ROWS
         j0 += keys
-
-
-cdef void backward_task(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t slab0, Py_ssize_t slab1) noexcept nogil:
-    """Slabs slab0 : slab1 of a head."""
-    cdef const Problem *p = g.p
-    cdef Py_ssize_t k0 = slab0 * slab_keys(p, b), k1 = imin(slab1 * slab_keys(p, b), p.kv_len[b]), L = p.q_len[b]
-    cdef Py_ssize_t D = round_up(p.D), DV = round_up(p.DV), h, i, slab, j
-    find_parts(g, b, hk)
-    memset(g.dk, 0, (k1 - k0) * D * sizeof(real))
-    memset(g.dv, 0, (k1 - k0) * DV * sizeof(real))
-    for h in range(hk * p.group, (hk + 1) * p.group):
-        for slab in range(slab0, slab1):
-            memset(dq_part(g, b, slab, h, 0), 0, L * D * sizeof(real))
-        i = 0
-        while i < L:
-            pack_segment(g, b, h, i, imin(SEGMENT, L - i))
-            for slab in range(slab0, slab1):
-                backward_segment(g, b, h, i, imin(SEGMENT, L - i), slab, k0)
-            i += SEGMENT
-    for j in range(k0, k1):
-        memcpy(of_key(p, &p.dk, b, hk, j), g.dk + (j - k0) * D, p.D * sizeof(real))
-        memcpy(of_key(p, &p.dv, b, hk, j), g.dv + (j - k0) * DV, p.DV * sizeof(real))
-
-
-cdef void join_slabs(const Backward *g, Py_ssize_t b, Py_ssize_t h) noexcept nogil:
-    """dQ of one head: its parts in the order of the slabs."""
-    cdef const Problem *p = g.p
-    cdef Py_ssize_t i, slab
-    cdef real *dq
-    for i in range(p.q_len[b]):
-        dq = of_query(p, &p.dq, b, h, i)
-        memcpy(dq, dq_part(g, b, 0, h, i), p.D * sizeof(real))
-        for slab in range(1, slabs(p, b)):
-            add_row(dq, dq_part(g, b, slab, h, i), p.D)
-
-
-cdef struct Split:                  # what a task spans: bias gradients that several would add to are one task's
-    Py_ssize_t batches, heads, slabs
-
-
-cdef Split split_of(const Problem *p) noexcept nogil:
-    """Tasks are slabs x batches x heads of the split; each runs what the split leaves out, in ascending order."""
-    cdef Split s
-    cdef const View *d = &p.dbias
-    s.batches, s.heads, s.slabs = p.B, p.NK, SLABS
-    if d.data != NULL:
-        if d.stride[0] == 0:
-            s.batches = 1
-        if d.stride[1] == 0:
-            s.heads = 1
-        if d.stride[3] == 0:
-            s.slabs = 1
-    return s
-
-
-cdef void backward_slabs(Backward *g, Barrier *barrier, int rank, int size, int64_t *counter) noexcept nogil:
-    """A slab of all heads before the next one: under a causal mask the first slab is the longest."""
-    cdef const Problem *p = g.p
-    cdef Split s = split_of(p)
-    cdef Py_ssize_t b, hk, slab, b0, h0, s0, n
-    cdef int64_t task = next_task(counter)
-    while task < s.batches * s.heads * s.slabs:
-        s0, b0, h0 = task // (s.batches * s.heads), task // s.heads % s.batches, task % s.heads
-        b = b0
-        while b < p.B:
-            hk = h0
-            while hk < p.NK:
-                slab = s0
-                while slab < slabs(p, b):
-                    backward_task(g, b, hk, slab, slab + 1)
-                    slab += s.slabs
-                hk += s.heads
-            b += s.batches
-        task = next_task(counter)
-    barrier_wait(barrier, size)
-    n = rank
-    while n < p.B * p.NH:
-        find_parts(g, n // p.NH, n % p.NH // p.group)
-        join_slabs(g, n // p.NH, n % p.NH)
-        n += size
-
-
-cdef void backward_whole_heads(Backward *g, int64_t *counter) noexcept nogil:
-    cdef const Problem *p = g.p
-    cdef Py_ssize_t b, hk, h
-    cdef int64_t task = next_task(counter)
-    while task < p.B * p.NK:
-        b, hk = task // p.NK, task % p.NK
-        backward_task(g, b, hk, 0, slabs(p, b))
-        for h in range(hk * p.group, (hk + 1) * p.group):
-            join_slabs(g, b, h)
-        task = next_task(counter)

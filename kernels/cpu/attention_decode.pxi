@@ -1,6 +1,8 @@
-# Few queries, many keys: a decoding step. The query heads of a group are the rows of one tile, so keys and values are
-# read once and not packed; they are cut into chunks of CHUNK_KEYS, whatever the thread count, which threads share.
-# Each chunk leaves m, l and the weighted values of its rows; they are joined in the order of the chunks.
+# Few queries, many keys: a decoding step. The query heads of a group are the rows of one tile, so
+# keys and values are read once and not packed; they are cut into chunks of CHUNK_KEYS, whatever the
+# thread count, which threads share.
+# Each chunk leaves m, l and the weighted values of its rows; they are joined in
+# the order of the chunks.
 # Cost: S (D + DV) reals read a head. Source: Dao et al., Flash-Decoding, 2023.
 
 cdef enum:
@@ -34,11 +36,13 @@ cdef void decode_sizes(Decode *d) noexcept nogil:
             d.chunks = max(d.chunks, max(1, ceil_div(d.p.kv_len[b], CHUNK_KEYS)))
 
 
-cdef inline real *decode_part(const Decode *d, Py_ssize_t n, Py_ssize_t chunk, Py_ssize_t r) noexcept nogil:
+cdef inline real *decode_part(const Decode *d, Py_ssize_t n, Py_ssize_t chunk,
+                              Py_ssize_t r) noexcept nogil:
     return d.parts + ((n * d.chunks + chunk) * MOST_DECODE_ROWS + r) * d.part_row
 
 
-cdef void decode_tile(Decode *d, Py_ssize_t n, Py_ssize_t chunk, Py_ssize_t first, Py_ssize_t rows) noexcept nogil:
+cdef void decode_tile(Decode *d, Py_ssize_t n, Py_ssize_t chunk, Py_ssize_t first,
+                      Py_ssize_t rows) noexcept nogil:
     """Rows first : first + rows of head n = b * NK + hk against one chunk."""
     cdef const Problem *p = d.p
     cdef Py_ssize_t b = n // p.NK, hk = n % p.NK, j0 = chunk * CHUNK_KEYS, j1, r, i, h, lo, hi
@@ -77,7 +81,8 @@ cdef void decode_tile(Decode *d, Py_ssize_t n, Py_ssize_t chunk, Py_ssize_t firs
             weigh_sparse(s[r], v, p.v.i, tile.hi - tile.lo, p.DV, acc[r])
 
 
-cdef void decode_row(const RowOptions *o, real *s, const Limits *at, const Limits *tile, real *m_l) noexcept nogil:
+cdef void decode_row(const RowOptions *o, real *s, const Limits *at, const Limits *tile,
+                     real *m_l) noexcept nogil:
     """Scores to weights e^(s - m); m and l are kept."""
     cdef real m = -INFINITY
     if at.lo < at.hi:
@@ -94,7 +99,8 @@ cdef void decode_row(const RowOptions *o, real *s, const Limits *at, const Limit
 cdef void decode_join(const Decode *d, Py_ssize_t n) noexcept nogil:
     """The chunks of head n into its first one, and that into o and lse."""
     cdef const Problem *p = d.p
-    cdef Py_ssize_t b = n // p.NK, hk = n % p.NK, chunks = max(1, ceil_div(p.kv_len[b], CHUNK_KEYS)), r, c, j
+    cdef Py_ssize_t b = n // p.NK, hk = n % p.NK
+    cdef Py_ssize_t chunks = max(1, ceil_div(p.kv_len[b], CHUNK_KEYS)), r, c, j
     cdef Py_ssize_t at = round_up(p.DV)
     cdef real *sum
     cdef real *part
@@ -116,7 +122,8 @@ cdef void decode_join(const Decode *d, Py_ssize_t n) noexcept nogil:
         finish_row(p, b, hk * p.group + r % p.group, r // p.group, sum, sum[at], sum[at + 1])
 
 
-cdef void decode_all(Decode *d, Barrier *barrier, int rank, int size, int64_t *counter) noexcept nogil:
+cdef void decode_all(Decode *d, Barrier *barrier, int rank, int size,
+                     int64_t *counter) noexcept nogil:
     cdef const Problem *p = d.p
     cdef Py_ssize_t n, chunk, rows, first, height
     cdef int64_t task

@@ -1,12 +1,13 @@
-# The Python entries: arrays to pointers, scratch, threads. One parallel region per call, without the GIL.
+# The Python entries: arrays to pointers, scratch, threads. One parallel region per
+# call, without the GIL.
 
 cdef enum:
     SMALL_WORK = 200000             # FLOP of a call that one thread does before a second one wakes
 
 
 cdef Heads heads_of(object array, bint packed) except *:
-    """(B, heads, positions, columns) with consecutive columns; a sequence of packed rows starts at its first row. Of a
-    tuple, strides: the address is NULL."""
+    """(B, heads, positions, columns) with consecutive columns; a sequence of packed rows starts at
+    its first row. Of a tuple, strides: the address is NULL."""
     cdef Heads x
     if isinstance(array, tuple):
         x.data, x.b, x.h, x.i = NULL, array[0], array[1], array[2]
@@ -33,7 +34,8 @@ cdef Problem problem_of(object a) except *:
     p.q, p.k, p.v = heads_of(a.q, packed), heads_of(a.k, packed), heads_of(a.v, packed)
     p.o, p.lse = heads_of(a.o, packed), heads_of(a.lse, packed)
     p.d_o, p.dlse = heads_of(a.do, packed), heads_of(a.dlse, packed)
-    p.dq, p.dk, p.dv, p.dbias = heads_of(a.dq, packed), heads_of(a.dk, packed), heads_of(a.dv, packed), view(a.dbias)
+    p.dq, p.dk, p.dv, p.dbias = (heads_of(a.dq, packed), heads_of(a.dk, packed),
+                                 heads_of(a.dv, packed), view(a.dbias))
     return p
 
 
@@ -42,7 +44,8 @@ cdef struct Call:
     bint backward, failed           # some thread got no memory
     Barrier *barrier
     int64_t *counters               # decoding, then one per wave; or one
-    real *packed                    # a wave's keys and values, or NULL: every thread packs its own heads
+    # a wave's keys and values, or NULL: every thread packs its own heads
+    real *packed
     real *parts                     # of decoding; or of dQ, or NULL: every thread has its own heads
     int64_t *part_first
 
@@ -96,7 +99,7 @@ cdef void run_backward(Call *call, int rank, int size) noexcept nogil:
         backward_layout(&g, &arena)
         memset(g.zero, 0, PANEL * sizeof(real))
         if call.parts == NULL:
-            backward_whole_heads(&g, call.counters)
+            backward_heads(&g, call.counters)
         else:
             backward_slabs(&g, call.barrier, rank, size, call.counters)
     free(at)
@@ -135,7 +138,7 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     memset(call.barrier, 0, 128 + (waves + 2) * sizeof(int64_t))
     call.counters = <int64_t *>(<char *>call.barrier + 128)
     if call.backward:
-        if backward_heads(p, threads):
+        if backward_by_heads(p, threads):
             return True
         call.part_first = <int64_t *>get_memory((p.B + 1) * sizeof(int64_t))
         if call.part_first == NULL:
@@ -153,7 +156,7 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     call.parts = <real *>get_memory(max(reals, 1) * sizeof(real))
     if call.parts == NULL:
         return False
-    if whole_heads(p, threads):
+    if forward_by_heads(p, threads):
         return True
     reals = wave_reals(p, f.block_reals)
     call.packed = <real *>get_memory(max(reals, 1) * sizeof(real))
@@ -222,21 +225,25 @@ cdef class Prepared:
         call.p.o, call.p.lse = heads_of(o, False), heads_of(lse, False)
         run(&call, threads)
 
-    def backward(self, size_t q, size_t k, size_t v, size_t kv_lengths, size_t o, size_t lse, size_t do, dq, dk, dv,
-                 int threads):
+    def backward(self, size_t q, size_t k, size_t v, size_t kv_lengths, size_t o, size_t lse,
+                 size_t do, dq, dk, dv, int threads):
         """Fill the arrays dq, dk and dv, which hold zeros."""
         cdef Call call = self.call(q, k, v, kv_lengths)
         call.backward = True
         call.p.o.data, call.p.lse.data, call.p.d_o.data = <real *>o, <real *>lse, <real *>do
-        call.p.dq, call.p.dk, call.p.dv = heads_of(dq, False), heads_of(dk, False), heads_of(dv, False)
+        call.p.dq, call.p.dk, call.p.dv = (heads_of(dq, False), heads_of(dk, False),
+                                           heads_of(dv, False))
         run(&call, threads)
 
 
 def score_layout():
-    """How compiled code finds its way in a ScoreTile of attention_scores.h: words of 8 bytes, functions by name."""
+    """How compiled code finds its way in a ScoreTile of attention_scores.h: words of 8
+    bytes, functions by name."""
     return {
         "lanes": VL,
         "max_keys": MOD_KEYS,
-        "words": {name: k for k, name in enumerate("score factor blocks b h i j functions".split())},
+        "words": {
+            name: k for k, name in enumerate("score factor blocks b h i j functions".split())
+        },
         "functions": {name: k for k, name in enumerate(("exp", "tanh", "sigmoid"))},
     }

@@ -1,18 +1,23 @@
 # The forward pass, for blocks of queries:
 #
-#   s = scale q K'       m, l = running maximum and sum of e^(s - m)       o = sum e^(s - m) v / l       lse = m + log l
+#   s = scale q K'                   m, l = running maximum and sum of e^(s - m)
+#   o = sum e^(s - m) v / l          lse = m + log l
 #
-# Keys and values are packed once per head, in blocks of KEY_BLOCK; a tile of 6 rows goes from scores to weighted values
-# while they are in L1. Only panels that hold a key which some row of the tile may attend are computed.
-# Cost: 2 L S (D + DV) FLOP a head, less what is skipped; S (D + DV) reals of packed keys and values a head at hand.
-# Source: Milakov & Gimelshein, arXiv:1805.02867; Rabe & Staats, arXiv:2112.05682; Dao, arXiv:2307.08691.
+# Keys and values are packed once per head, in blocks of KEY_BLOCK; a tile of 6 rows goes from
+# scores to weighted values while they are in L1. Only panels that hold a key which some row of the
+# tile may attend are computed.
+# Cost: 2 L S (D + DV) FLOP a head, less what is skipped; S (D + DV) reals of packed keys and
+# values a head at hand.
+# Source: Milakov & Gimelshein, arXiv:1805.02867; Rabe & Staats, arXiv:2112.05682;
+# Dao, arXiv:2307.08691.
 
 cdef enum:
     QUERY_ROWS = 48
     KEY_BLOCK = 256
     SCORE_ROW = KEY_BLOCK + 16      # off powers of two
     PACK_BYTES = 8388608            # heads are packed together up to this size
-    FEW_BLOCKS = 4                  # a head of so few blocks is one task, and packed by the thread that runs it
+    # a head of so few blocks is one task, and packed by the thread that runs it
+    FEW_BLOCKS = 4
 
 
 cdef struct Forward:                # one thread's
@@ -47,15 +52,18 @@ cdef inline Py_ssize_t key_blocks(const Problem *p, Py_ssize_t b) noexcept nogil
     return 0 if is_decode(p, b) else ceil_div(p.kv_len[b], KEY_BLOCK)
 
 
-cdef void pack_block(const Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t block, real *to) noexcept nogil:
+cdef void pack_block(const Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t block,
+                     real *to) noexcept nogil:
     """header: whether V is finite | K' panels [D][keys] | V panels [keys][DV]"""
     cdef const Problem *p = f.p
     cdef Py_ssize_t j0 = block * KEY_BLOCK, n = imin(KEY_BLOCK, p.kv_len[b] - j0)
     pack_keys(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, to + f.header)
-    to[0] = pack_panels(of_key(p, &p.v, b, hk, j0), p.v.i, n, p.DV, 1, to + f.header + KEY_BLOCK * p.D)
+    to[0] = pack_panels(of_key(p, &p.v, b, hk, j0), p.v.i, n, p.DV, 1,
+                        to + f.header + KEY_BLOCK * p.D)
 
 
-cdef void start_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0, Py_ssize_t n) noexcept nogil:
+cdef void start_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0,
+                      Py_ssize_t n) noexcept nogil:
     cdef const Problem *p = f.p
     cdef Py_ssize_t r, i, h
     for r in range(n):
@@ -67,9 +75,10 @@ cdef void start_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0, Py
     memset(f.acc, 0, n * round_up(p.DV) * sizeof(real))
 
 
-cdef void softmax_row(Forward *f, Py_ssize_t r, real *s, Py_ssize_t j0, const Limits *at, const Limits *tile,
-                      real *acc) noexcept nogil:
-    """Scores to weights of the running softmax; what was summed before shrinks where the maximum rose."""
+cdef void softmax_row(Forward *f, Py_ssize_t r, real *s, Py_ssize_t j0, const Limits *at,
+                      const Limits *tile, real *acc) noexcept nogil:
+    """Scores to weights of the running softmax; what was summed before shrinks
+    where the maximum rose."""
     cdef const RowOptions *o = &f.options[r]
     cdef real m = -INFINITY, shrink
     if at.lo < at.hi:
@@ -101,9 +110,11 @@ cdef void forward_tile(Forward *f, Py_ssize_t first, int rows, Py_ssize_t j0, Py
     cdef int r
     tile.lo, tile.hi = j0 + n, j0
     for r in range(rows):
-        if clip(&f.options[first + r], f.row[first + r].lo, f.row[first + r].hi, j0, j0 + n, &at[r]):
+        if clip(&f.options[first + r], f.row[first + r].lo, f.row[first + r].hi, j0, j0 + n,
+                &at[r]):
             tile.lo, tile.hi = imin(tile.lo, at[r].lo), max(tile.hi, at[r].hi)
-            prefetch_keys(f.options[first + r].bias, f.options[first + r].bias_j, at[r].lo, at[r].hi)
+            prefetch_keys(f.options[first + r].bias, f.options[first + r].bias_j, at[r].lo,
+                          at[r].hi)
         q[r] = f.q + (first + r) * p.D
         s[r] = f.s + r * SCORE_ROW
         acc[r] = f.acc + (first + r) * round_up(p.DV)
@@ -113,22 +124,26 @@ cdef void forward_tile(Forward *f, Py_ssize_t first, int rows, Py_ssize_t j0, Py
     for r in range(rows):
         softmax_row(f, first + r, s[r], j0, &at[r], &tile, acc[r])
     if packed[0] != 0:
-        panels(rows, 0, <const real **>s, 0, tile.lo - j0, tile.hi - j0, values, n, p.DV, 0, p.DV, NULL, acc)
+        panels(rows, 0, <const real **>s, 0, tile.lo - j0, tile.hi - j0, values, n, p.DV, 0, p.DV,
+               NULL, acc)
     else:
-        panels_sparse(rows, 0, <const real **>s, 0, tile.lo - j0, tile.hi - j0, values, n, p.DV, acc)
+        panels_sparse(rows, 0, <const real **>s, 0, tile.lo - j0, tile.hi - j0, values, n, p.DV,
+                      acc)
 
 
-cdef void finish_row(const Problem *p, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i, const real *acc, real m,
-                     real l) noexcept nogil:
+cdef void finish_row(const Problem *p, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i, const real *acc,
+                     real m, real l) noexcept nogil:
     """o = acc / l, lse = m + log l; 0 and -inf where no key was attended."""
     copy_scaled(of_query(p, &p.o, b, h, i), acc, p.DV, 0 if l == 0 else 1 / l)
     if p.lse.data != NULL:
         of_query(p, &p.lse, b, h, i)[0] = -INFINITY if l == 0 else m + log_real(l)
 
 
-cdef void forward_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0, const real *packed) noexcept nogil:
+cdef void forward_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0,
+                        const real *packed) noexcept nogil:
     cdef const Problem *p = f.p
-    cdef Py_ssize_t n = imin(QUERY_ROWS, p.q_len[b] * p.group - r0), tiles = ceil_div(n, TILE_ROWS), left, r, rows
+    cdef Py_ssize_t n = imin(QUERY_ROWS, p.q_len[b] * p.group - r0)
+    cdef Py_ssize_t tiles = ceil_div(n, TILE_ROWS), left, r, rows
     cdef Py_ssize_t block, first = p.kv_len[b], end = 0, j0
     start_block(f, b, hk, r0, n)
     for r in range(n):
@@ -138,7 +153,8 @@ cdef void forward_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0, 
         j0, r, left = block * KEY_BLOCK, 0, tiles
         while left > 0:             # tiles of equal height
             rows = ceil_div(n - r, left)
-            forward_tile(f, r, <int>rows, j0, imin(KEY_BLOCK, p.kv_len[b] - j0), packed + block * f.block_reals)
+            forward_tile(f, r, <int>rows, j0, imin(KEY_BLOCK, p.kv_len[b] - j0),
+                         packed + block * f.block_reals)
             r += rows
             left -= 1
     for r in range(n):
@@ -153,8 +169,10 @@ cdef inline Py_ssize_t query_blocks(const Problem *p, Py_ssize_t b) noexcept nog
     return 0 if is_decode(p, b) else ceil_div(p.q_len[b] * p.group, QUERY_ROWS)
 
 
-cdef void forward_wave(Forward *f, Py_ssize_t n0, Py_ssize_t n1, real *packed, int64_t *counter) noexcept nogil:
-    """Heads n0 : n1 (n = b * NK + hk): all threads pack, then take blocks of queries, a head's longest first."""
+cdef void forward_wave(Forward *f, Py_ssize_t n0, Py_ssize_t n1, real *packed,
+                       int64_t *counter) noexcept nogil:
+    """Heads n0 : n1 (n = b * NK + hk): all threads pack, then take blocks of queries,
+    a head's longest first."""
     cdef const Problem *p = f.p
     cdef Py_ssize_t n, b, block, items = 0, blocks
     cdef real *at = packed
@@ -203,8 +221,9 @@ cdef Py_ssize_t wave_reals(const Problem *p, Py_ssize_t block_reals) noexcept no
     return most
 
 
-cdef bint whole_heads(const Problem *p, int threads) noexcept nogil:
-    """Whether a task is a head: many heads of few blocks, where a barrier and cold packs would cost."""
+cdef bint forward_by_heads(const Problem *p, int threads) noexcept nogil:
+    """Whether a task is a head: many heads of few blocks, where a barrier and
+    cold packs would cost."""
     cdef Py_ssize_t rows = most_of(p.q_len, p.B) * p.group
     return rows <= FEW_BLOCKS * QUERY_ROWS and p.B * p.NK >= 4 * threads
 

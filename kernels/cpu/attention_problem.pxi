@@ -1,7 +1,9 @@
-# What forward and backward share: the problem, which keys a query may attend, the options of a row of scores.
+# What forward and backward share: the problem, which keys a query may attend, the
+# options of a row of scores.
 #
-# Rows of one (batch b, key/value head hk) are the queries of all its query heads: row r is query i = r // group of head
-# hk * group + r % group, so that a tile serves a whole group and the limits of rows never fall.
+# Rows of one (batch b, key/value head hk) are the queries of all its query heads: row r is query
+# i = r // group of head hk * group + r % group, so that a tile serves a whole group and the
+# limits of rows never fall.
 
 cdef struct Heads:                  # data[b * b_stride + h * h_stride + i * i_stride + d]
     real *data
@@ -31,11 +33,13 @@ cdef enum:
     BOTTOM_RIGHT = 2
 
 
-cdef inline real *of_query(const Problem *p, const Heads *x, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i) noexcept nogil:
+cdef inline real *of_query(const Problem *p, const Heads *x, Py_ssize_t b, Py_ssize_t h,
+                           Py_ssize_t i) noexcept nogil:
     return x.data + b * x.b + h * x.h + (i + (p.q_first[b] if p.q_first != NULL else 0)) * x.i
 
 
-cdef inline real *of_key(const Problem *p, const Heads *x, Py_ssize_t b, Py_ssize_t h, Py_ssize_t j) noexcept nogil:
+cdef inline real *of_key(const Problem *p, const Heads *x, Py_ssize_t b, Py_ssize_t h,
+                         Py_ssize_t j) noexcept nogil:
     return x.data + b * x.b + h * x.h + (j + (p.k_first[b] if p.k_first != NULL else 0)) * x.i
 
 
@@ -44,7 +48,8 @@ cdef inline Py_ssize_t diagonal(const Problem *p, Py_ssize_t b) noexcept nogil:
     return p.kv_len[b] - p.q_len[b] if p.causal == BOTTOM_RIGHT else 0
 
 
-cdef inline void limits(const Problem *p, Py_ssize_t b, Py_ssize_t i, Py_ssize_t *lo, Py_ssize_t *hi) noexcept nogil:
+cdef inline void limits(const Problem *p, Py_ssize_t b, Py_ssize_t i, Py_ssize_t *lo,
+                        Py_ssize_t *hi) noexcept nogil:
     """Keys lo : hi are those that query i may attend, but for the mask; empty: hi = lo."""
     cdef Py_ssize_t center = i + diagonal(p, b), n = p.kv_len[b]
     lo[0], hi[0] = 0, n
@@ -56,7 +61,8 @@ cdef inline void limits(const Problem *p, Py_ssize_t b, Py_ssize_t i, Py_ssize_t
         hi[0] = lo[0]
 
 
-cdef void row_options(const Problem *p, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i, RowOptions *o) noexcept nogil:
+cdef void row_options(const Problem *p, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i,
+                      RowOptions *o) noexcept nogil:
     memset(o, 0, sizeof(RowOptions))
     o.softcap = p.softcap
     if p.mod.forward != NULL:
@@ -68,7 +74,8 @@ cdef void row_options(const Problem *p, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i
         o.bias = p.bias.data + b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2]
         o.bias_j = p.bias.stride[3]
     if p.mask.data != NULL:
-        o.mask = <uint8_t *>p.mask.data + b * p.mask.stride[0] + h * p.mask.stride[1] + i * p.mask.stride[2]
+        o.mask = (<uint8_t *>p.mask.data + b * p.mask.stride[0] + h * p.mask.stride[1]
+                  + i * p.mask.stride[2])
         o.mask_j = p.mask.stride[3]
     if p.threshold:
         o.key = dropout_key(p.seed, b * p.NH + h, i)
@@ -79,7 +86,8 @@ cdef struct Limits:                 # one row's keys in the block at hand
     Py_ssize_t lo, hi
 
 
-cdef bint clip(RowOptions *o, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t j0, Py_ssize_t j1, Limits *at) noexcept nogil:
+cdef bint clip(RowOptions *o, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t j0, Py_ssize_t j1,
+               Limits *at) noexcept nogil:
     """The row's keys within j0 : j1; whether there are any."""
     at.lo, at.hi = max(lo, j0), imin(hi, j1)
     narrow(o, &at.lo, &at.hi)

@@ -1,7 +1,10 @@
-# What works row by row beside attention: joining two results, and rotary positions. Bound by memory.
+# What works row by row beside attention: joining two results, and rotary
+# positions. Bound by memory.
 #
 #   merge    lse = log(e^lse1 + e^lse2)      o = e^(lse1 - lse) o1 + e^(lse2 - lse) o2
-#   rotary   y1 = x1 cos - x2 sin            y2 = x2 cos + x1 sin           Source: Su et al., arXiv:2104.09864
+#   rotary   y1 = x1 cos - x2 sin            y2 = x2 cos + x1 sin
+#
+# Source of rotary: Su et al., arXiv:2104.09864.
 
 cdef struct RowsCall:
     Py_ssize_t rows
@@ -37,7 +40,8 @@ cdef void merge_row(const RowsCall *c, Py_ssize_t r) noexcept nogil:
     c.lse[r] = m + log_real(wa + wb)
     wa, wb = wa / (wa + wb), wb / (wa + wb)
     for i in range(c.n):
-        c.o[at + i] = (wa * c.o1[at + i] if a != -INFINITY else 0) + (wb * c.o2[at + i] if b != -INFINITY else 0)
+        c.o[at + i] = ((wa * c.o1[at + i] if a != -INFINITY else 0)
+                       + (wb * c.o2[at + i] if b != -INFINITY else 0))
 
 
 cdef void rotate_row(const RowsCall *c, Py_ssize_t r) noexcept nogil:
@@ -94,11 +98,13 @@ def merge(o1, lse1, o2, lse2, o, lse, int threads):
 
 
 def rotate(x, y, Py_ssize_t dim, cos, sin, first, bint interleaved, bint inverse, int threads):
-    """y = x (B, heads, L, D) with its first dim columns turned; cos and sin (positions, dim / 2)."""
+    """y = x (B, heads, L, D) with its first dim columns turned; cos and
+    sin (positions, dim / 2)."""
     cdef RowsCall c
     memset(&c, 0, sizeof(RowsCall))
     B, c.NH, c.L, c.D = x.shape
-    c.rows, c.dim, c.interleaved, c.direction = B * c.NH * c.L, dim, interleaved, -1 if inverse else 1
+    c.rows, c.dim, c.interleaved, c.direction = (B * c.NH * c.L, dim, interleaved,
+                                                 -1 if inverse else 1)
     c.x, c.y = heads_of(x, False), heads_of(y, False)
     c.cos, c.sin, c.first = view(cos).data, view(sin).data, <int64_t *>view(first).data
     with nogil:

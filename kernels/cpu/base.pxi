@@ -21,8 +21,8 @@ cdef extern from "tile.h" nogil:
     Py_ssize_t tile_rows(int nv)
     void tile(Py_ssize_t rows, int nv, const real **a, Py_ssize_t k0, Py_ssize_t k1, const real *w,
               const real *init, real **c, Py_ssize_t col)
-    void row_tile(Py_ssize_t panels, int nv, const real *a, Py_ssize_t k0, Py_ssize_t k1, const real *w,
-                  Py_ssize_t panel, real *c, Py_ssize_t panel_c)
+    void row_tile(Py_ssize_t panels, int nv, const real *a, Py_ssize_t k0, Py_ssize_t k1,
+                  const real *w, Py_ssize_t panel, real *c, Py_ssize_t panel_c)
     void pack_transposed(const real **src, Py_ssize_t K, real *dst, Py_ssize_t ld)
     void copy_padded(real *dst, const real *src, Py_ssize_t n, Py_ssize_t width)
     void add_row(real *sum, const real *row, Py_ssize_t n)

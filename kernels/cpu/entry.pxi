@@ -1,4 +1,5 @@
-# The Python entries: arrays to pointers, scratch, threads. One parallel region per call, without the GIL.
+# The Python entries: arrays to pointers, scratch, threads. One parallel region per
+# call, without the GIL.
 
 cdef Weights weights_of(object arrays) except *:
     cdef Weights w
@@ -17,8 +18,8 @@ cdef Cell cell_from(object which) except *:
     if isinstance(which, int):
         return cell_of(which)
     c.gates, c.planes, c.has_c = which.gates, which.gates + which.split, which.has_c
-    c.saves_gates, c.dh_direct, c.recurrent, c.params = True, which.dh_direct, which.recurrent, which.params
-    c.whole_rows = False
+    c.dh_direct, c.recurrent, c.params = which.dh_direct, which.recurrent, which.params
+    c.saves_gates, c.whole_rows = True, False
     c.forward, c.backward = <CellFn><size_t>which.forward, <CellFn><size_t>which.backward
     return c
 
@@ -103,7 +104,8 @@ cdef int team_size(Call *call, int threads) noexcept nogil:
 
 cdef void own_panels(const Part *p, Py_ssize_t columns, Py_ssize_t width, Py_ssize_t *first,
                      Py_ssize_t *end) noexcept nogil:
-    """The panels of `width` columns that this thread computes: all, or its share where units are split."""
+    """The panels of `width` columns that this thread computes: all, or its share
+    where units are split."""
     cdef Py_ssize_t panels = ceil_div(columns, width)
     first[0] = share(panels, p.rank, p.size) if p.by_units else 0
     end[0] = share(panels, p.rank + 1, p.size) if p.by_units else panels
@@ -155,7 +157,8 @@ cdef void run_backward(Part part, char *workspace, bint *failed) noexcept nogil:
         backward_layout(&g, &arena)
         backward_slots(&g)
         memset(g.part.zero, 0, <char *>g.acc - <char *>g.part.zero)
-        pack_backward(s, &part.job.weights, <real *>g.w, <const real **>g.out_row, part.rank, part.size)
+        pack_backward(s, &part.job.weights, <real *>g.w, <const real **>g.out_row, part.rank,
+                      part.size)
         barrier_wait(part.barrier, part.size)
         backward_scan(&g)
     free(at)
@@ -183,7 +186,8 @@ cdef void run_job(Call *call, int job, int rank, int size) noexcept nogil:
 
 
 cdef void run_member(Call *call, int rank, int size) noexcept nogil:
-    """Threads are dealt out to the jobs in turn; fewer threads than jobs run one job after the other."""
+    """Threads are dealt out to the jobs in turn; fewer threads than jobs run
+    one job after the other."""
     cdef int n = call.n_jobs, job
     if size >= n:
         job = rank % n
@@ -230,7 +234,8 @@ cdef int run(Call *call, int threads) except -1:
     return 0
 
 
-cdef int run_scans(object cell, list scans, int threads, Py_ssize_t l2_bytes, bint backward) except -1:
+cdef int run_scans(object cell, list scans, int threads, Py_ssize_t l2_bytes,
+                   bint backward) except -1:
     cdef Call call
     cdef int i
     call.n_jobs, call.backward, call.l2_bytes = len(scans), backward, l2_bytes
@@ -243,88 +248,11 @@ cdef int run_scans(object cell, list scans, int threads, Py_ssize_t l2_bytes, bi
 
 
 def forward(cell, list scans, int threads, Py_ssize_t l2_bytes):
-    """Run one or two independent scans forward. `threads` is the most to use, `l2_bytes` a core's L2; the cell is a
-    number of cells.h or a CompiledCell, here and below."""
+    """Run one or two independent scans forward. `threads` is the most to use, `l2_bytes` a core's
+    L2; the cell is a number of cells.h or a CompiledCell, here and below."""
     run_scans(cell, scans, threads, l2_bytes, False)
 
 
 def backward(cell, list scans, int threads, Py_ssize_t l2_bytes):
     """Backpropagation through time of the same scans: dx, dh0, dc0 and the weights' gradients."""
     run_scans(cell, scans, threads, l2_bytes, True)
-
-
-def packed_size(cell, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P):
-    """Reals of one direction's packed weights."""
-    cdef Cell c = cell_from(cell)
-    cdef Shape s = shape_of(&c, I, H, P)
-    return packed_forward(&s).total
-
-
-def gate_row(cell, Py_ssize_t H):
-    """Reals kept per (t, b) of one direction for backward; 0 where the cell needs only y."""
-    cdef Cell c = cell_from(cell)
-    cdef Shape s = shape_of(&c, 1, H, 0)
-    return s.gate_row if s.cell.saves_gates else 0
-
-
-cdef struct PackCall:
-    Shape shape
-    Weights weights
-    real *out
-
-
-cdef void pack_member(void *call) noexcept nogil:
-    cdef PackCall *p = <PackCall *>call
-    pack_forward(&p.shape, &p.weights, p.out, gomp.rank(), gomp.size())
-
-
-def pack(cell, Py_ssize_t I, Py_ssize_t H, Py_ssize_t P, tuple weights, out, int threads):
-    """Pack one direction's weights (w_ih, w_hh, b_ih, b_hh, w_hr, params) for `forward` into `out`."""
-    cdef PackCall p
-    cdef Cell c = cell_from(cell)
-    p.shape = shape_of(&c, I, H, P)
-    p.weights = weights_of(weights)
-    p.out = view(out).data
-    with nogil:
-        if threads > 1 and gomp.parallel != NULL and packed_forward(&p.shape).total > SMALL_PACK:
-            gomp.parallel(pack_member, &p, threads, 0)
-        else:
-            pack_forward(&p.shape, &p.weights, p.out, 0, 1)
-
-
-cdef enum:
-    SMALL_PACK = 65536              # reals; below, one thread is done before a second one wakes
-
-
-def tile_layout():
-    """How compiled code finds its way in a Tile of cells.h: words of 8 bytes, slots and functions by name."""
-    names = "GATES H_PREV C_PREV H C DH_PRODUCT DY DC_EXTERNAL DH_IN DC_IN DGATES DH_OUT DC_OUT"
-    words = "rows blocks dgates_plane params_plane params functions"
-    return {
-        "lanes": VL,
-        "max_rows": MAX_ROWS,
-        "words": {name: k for k, name in enumerate(words.split())},
-        "slots": {name: 6 + k * MAX_ROWS for k, name in enumerate(names.split())},
-        "functions": {name: k for k, name in enumerate(("exp", "tanh", "sigmoid"))},
-    }
-
-
-def to_cache_line(array):
-    """Elements between an array's start and the next 64-byte boundary."""
-    return (-<size_t>view(array).data) % 64 // sizeof(real)
-
-
-def fingerprint(list arrays):
-    """A 64-bit hash of contiguous arrays' bytes, at the speed of memory."""
-    cdef Py_buffer buffer
-    cdef uint64_t h = 0, rest
-    for array in arrays:
-        PyObject_GetBuffer(array, &buffer, PyBUF_STRIDED_RO)
-        with nogil:
-            h = hash_words(<uint64_t *>buffer.buf, buffer.len // 8, h)
-            if buffer.len % 8:
-                rest = 0
-                memcpy(&rest, <char *>buffer.buf + buffer.len // 8 * 8, buffer.len % 8)
-                h = hash_words(&rest, 1, h)
-        PyBuffer_Release(&buffer)
-    return h

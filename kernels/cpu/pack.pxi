@@ -1,8 +1,11 @@
-# Packed weights: panels [K][nv * VL] whose columns are interleaved by gate, so that one tile holds every gate of the
-# same units. Layout of one direction, all parts in reals and multiples of the register width:
+# Packed weights: panels [K][nv * VL] whose columns are interleaved by gate, so that one tile
+# holds every gate of the same units. Layout of one direction, all parts in reals and multiples
+# of the register width:
 #
-#   forward   w_ih panels (K = I) | w_hh panels (K = R) | bias [unit vector][plane][lane] | w_hr panels (K = H)
-#   backward  w_hh' panels (K = G H, columns R) | w_ih' panels (K = G H, columns I) | w_hr' panels (K = P, columns H)
+#   forward   w_ih panels (K = I) | w_hh panels (K = R) | bias [unit vector][plane][lane]
+#             | w_hr panels (K = H)
+#   backward  w_hh' panels (K = G H, columns R) | w_ih' panels (K = G H, columns I)
+#             | w_hr' panels (K = P, columns H)
 #   both then | params [parameter][H in whole vectors]
 #
 # A cell that is not recurrent has no w_hh.
@@ -10,7 +13,8 @@
 cdef struct Shape:
     Py_ssize_t I, H, P, R       # P = 0: no projection, and R = H
     Cell cell
-    int nv, units               # vectors a forward panel is wide, and how many of them are different units
+    # vectors a forward panel is wide, and how many of them are different units
+    int nv, units
     Py_ssize_t panels           # forward panels
     Py_ssize_t gate_row         # reals of one row of GATES: panels * units * planes * VL
     Py_ssize_t dgates_row       # reals of one row of DGATES: planes and parameters, H each
@@ -88,8 +92,8 @@ cdef inline int plane_gate(const Shape *s, int plane, bint of_input) noexcept no
     return plane
 
 
-cdef void pack_gates(const Shape *s, const real *w, Py_ssize_t K, bint of_input, Py_ssize_t p0, Py_ssize_t p1,
-                     real *dst) noexcept nogil:
+cdef void pack_gates(const Shape *s, const real *w, Py_ssize_t K, bint of_input, Py_ssize_t p0,
+                     Py_ssize_t p1, real *dst) noexcept nogil:
     cdef Py_ssize_t panel, unit, gate, width = s.nv * VL
     cdef int j, lane
     cdef const real *source[VL]
@@ -115,7 +119,8 @@ cdef void pack_bias(const Shape *s, const Weights *w, real *dst) noexcept nogil:
             if plane < s.cell.gates:
                 at[0] = w.b_ih[plane_gate(s, plane, True) * s.H + unit]
             if plane >= first:
-                at[0] += 0 if w.b_hh == NULL else w.b_hh[plane_gate(s, plane - first, False) * s.H + unit]
+                at[0] += (0 if w.b_hh == NULL
+                          else w.b_hh[plane_gate(s, plane - first, False) * s.H + unit])
 
 
 cdef void pack_params(const Shape *s, const Weights *w, real *dst) noexcept nogil:
@@ -124,14 +129,15 @@ cdef void pack_params(const Shape *s, const Weights *w, real *dst) noexcept nogi
         copy_padded(dst + k * s.params_plane, w.params + k * s.H, s.H, s.params_plane)
 
 
-cdef void pack_rows(const real **row, Py_ssize_t K, Py_ssize_t columns, Py_ssize_t p0, Py_ssize_t p1,
-                    real *dst) noexcept nogil:
-    """Panels of K rows as they are: dst[panel][k][:] = row[k][panel's columns]. Rows are read in one go."""
+cdef void pack_rows(const real **row, Py_ssize_t K, Py_ssize_t columns, Py_ssize_t p0,
+                    Py_ssize_t p1, real *dst) noexcept nogil:
+    """Panels of K rows as they are: dst[panel][k][:] = row[k][panel's columns].
+    Rows are read in one go."""
     cdef Py_ssize_t width = 4 * VL, panel, k
     for k in range(K):
         for panel in range(p0, p1):
-            copy_padded(dst + (panel * K + k) * width, row[k] + panel * width, imin(width, columns - panel * width),
-                        width)
+            copy_padded(dst + (panel * K + k) * width, row[k] + panel * width,
+                        imin(width, columns - panel * width), width)
 
 
 cdef void pack_projection(const Shape *s, const real *w_hr, real *dst) noexcept nogil:
@@ -146,7 +152,8 @@ cdef void pack_projection(const Shape *s, const real *w_hr, real *dst) noexcept 
             pack_transposed(source, s.H, dst + panel * s.H * width + j * VL, width)
 
 
-cdef void pack_forward(const Shape *s, const Weights *w, real *dst, int rank, int size) noexcept nogil:
+cdef void pack_forward(const Shape *s, const Weights *w, real *dst, int rank,
+                       int size) noexcept nogil:
     cdef Packed p = packed_forward(s)
     cdef Py_ssize_t p0 = share(s.panels, rank, size), p1 = share(s.panels, rank + 1, size)
     pack_gates(s, w.w_ih, s.I, True, p0, p1, dst + p.w_ih)
@@ -163,11 +170,13 @@ cdef void pack_backward(const Shape *s, const Weights *w, real *dst, const real 
     """`row` is scratch for max(G H, P) pointers."""
     cdef Packed p = packed_backward(s)
     cdef Py_ssize_t k, K = s.cell.gates * s.H, n
-    for k in range(state_rows(s)):      # the state's planes stand as the input's in forward: dhn | dr | dz
+    # the state's planes stand as the input's in forward: dhn | dr | dz
+    for k in range(state_rows(s)):
         row[k] = w.w_hh + (plane_gate(s, <int>(k // s.H), True) * s.H + k % s.H) * s.R
     n = ceil_div(s.R, 4 * VL)
     pack_rows(row, state_rows(s), s.R, share(n, rank, size), share(n, rank + 1, size), dst + p.w_hh)
-    for k in range(K):      # the input's planes dr | dz | dxn are torch's order
+    # the input's planes dr | dz | dxn are torch's order
+    for k in range(K):
         row[k] = w.w_ih + k * s.I
     n = ceil_div(s.I, 4 * VL)
     pack_rows(row, K, s.I, share(n, rank, size), share(n, rank + 1, size), dst + p.w_ih)

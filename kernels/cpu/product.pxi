@@ -1,4 +1,5 @@
-# Matrix products on packed panels: the projections before a scan, and the weight and input gradients after it.
+# Matrix products on packed panels: the projections before a scan, and the weight and
+# input gradients after it.
 #
 #   c[m][:] (+)= sum_k a[m][k] * w[k][:]        w packed as [panel][K][nv * VL]
 #
@@ -84,11 +85,14 @@ cdef enum:
 cdef Py_ssize_t outer_scratch(Py_ssize_t N) noexcept nogil:
     """Reals that `outer` needs: packed b, a row of zeros, turned a, one tail tile."""
     cdef Py_ssize_t width = 4 * VL
-    return ceil_div(N, width) * width * (OUTER_K + 1) + OUTER_ROWS * (OUTER_K + VL) + MAX_ROWS * width
+    return (ceil_div(N, width) * width * (OUTER_K + 1) + OUTER_ROWS * (OUTER_K + VL)
+            + MAX_ROWS * width)
 
 
-cdef void sum_rows(const real **row, Py_ssize_t K, Py_ssize_t m0, Py_ssize_t n, real *sums) noexcept nogil:
-    """sums[m] += sum_k row[k][m0 + m], in chains of SUM_ROWS: one over thousands of rows lost to torch's error."""
+cdef void sum_rows(const real **row, Py_ssize_t K, Py_ssize_t m0, Py_ssize_t n,
+                   real *sums) noexcept nogil:
+    """sums[m] += sum_k row[k][m0 + m], in chains of SUM_ROWS: one over thousands of rows
+    lost to torch's error."""
     cdef real part[OUTER_ROWS]
     cdef Py_ssize_t block, k
     for block in range(ceil_div(K, SUM_ROWS)):

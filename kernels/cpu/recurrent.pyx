@@ -1,8 +1,10 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: cdivision=True, initializedcheck=False
 # cython: freethreading_compatible=True
 """The recurrent kernels: RNN, GRU, LSTM and users' scans, forward and backward through time.
 
-Built once per ISA level and dtype from this one source (see setup.py). `contract.Scan` lists the arguments.
+Built once per ISA level and dtype from this one source (see setup.py). `contract.Scan` lists the
+arguments.
 """
 
 include "base.pxi"
@@ -12,7 +14,8 @@ cdef extern from "cells.h" nogil:
     enum:
         SLOTS
     enum:
-        GATES, H_PREV, C_PREV, H, C, DH_PRODUCT, DY, DC_EXTERNAL, DH_IN, DC_IN, DGATES, DH_OUT, DC_OUT
+        GATES, H_PREV, C_PREV, H, C
+        DH_PRODUCT, DY, DC_EXTERNAL, DH_IN, DC_IN, DGATES, DH_OUT, DC_OUT
     ctypedef struct Functions:
         pass
     const Functions functions
@@ -34,6 +37,8 @@ include "product.pxi"
 include "scan.pxi"
 include "regularise.pxi"
 include "scan_forward.pxi"
+include "scan_backward_rows.pxi"
 include "scan_backward.pxi"
 include "scan_gradients.pxi"
 include "entry.pxi"
+include "pack_entry.pxi"

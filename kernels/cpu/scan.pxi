@@ -1,12 +1,15 @@
-# What the forward and the backward scan share: a job (one direction of one layer), who does which part of it,
-# and the tile a cell is called on.
+# What the forward and the backward scan share: a job (one direction of one layer), who does which
+# part of it, and the tile a cell is called on.
 #
-# A scan step s = 0, 1, ... of row b is at time t = s, or len(b) - 1 - s in the reverse direction. Rows are kept by
-# descending length, so the rows that are active at a step come first and only they are computed.
+# A scan step s = 0, 1, ... of row b is at time t = s, or len(b) - 1 - s in the reverse
+# direction. Rows are kept by descending length, so the rows that are active at a step come first
+# and only they are computed.
 #
 # Two ways to share one job, chosen by its shapes; neither changes the order of any sum:
-#   slab    every thread runs the whole scan of its own rows: no barrier, but each reads all weights every step
-#   units   every thread runs all rows of its own units, whose weights stay in its cache: one barrier a step
+#   slab    every thread runs the whole scan of its own rows: no barrier, but each reads all
+#           weights every step
+#   units   every thread runs all rows of its own units, whose weights stay in its cache: one
+#           barrier a step
 
 cdef struct Job:
     Py_ssize_t T, B
@@ -27,7 +30,8 @@ cdef struct Job:
     real *c                     # cell states of all steps, or NULL
     Py_ssize_t c_t, c_b
     real *gates                 # (T, B, gate_row) for backward, or NULL
-    real *m                     # m[t * m_t + b * H + u]: the cell's h' before projection or zoneout, or NULL
+    # m[t * m_t + b * H + u]: the cell's h' before projection or zoneout, or NULL
+    real *m
     Py_ssize_t m_t              # 0 where only the step at hand is kept
     real *m_c                   # zoneout: likewise the cell's c'
     Py_ssize_t m_c_t
@@ -92,7 +96,8 @@ cdef inline void sync(const Part *p) noexcept nogil:
 
 
 cdef bint split_by_units(const Job *job, int size, Py_ssize_t l2_bytes) noexcept nogil:
-    """Slabs need full tiles for every thread and recurrent weights that stay in its L2. Whole rows need slabs."""
+    """Slabs need full tiles for every thread and recurrent weights that stay in its L2.
+    Whole rows need slabs."""
     cdef const Shape *s = &job.shape
     if s.cell.whole_rows:
         return False
@@ -101,8 +106,8 @@ cdef bint split_by_units(const Job *job, int size, Py_ssize_t l2_bytes) noexcept
 
 
 cdef int useful_threads(const Job *job, int threads, int n_jobs) noexcept nogil:
-    """Threads for n_jobs such jobs, given `threads` for each: one where waking a second thread, or a barrier a
-    step, costs more than it gains."""
+    """Threads for n_jobs such jobs, given `threads` for each: one where waking a second thread, or
+    a barrier a step, costs more than it gains."""
     cdef const Shape *s = &job.shape
     cdef Py_ssize_t step_flop = 2 * s.R * s.cell.gates * s.H * job.B
     if n_jobs * (step_flop + 2 * s.I * s.cell.gates * s.H * job.B) * job.T < SMALL_JOB:
@@ -117,7 +122,8 @@ cdef enum:
     SMALL_JOB = 1000000
 
 
-cdef Part part_of(Job *job, Barrier *barrier, int rank, int size, Py_ssize_t l2_bytes) noexcept nogil:
+cdef Part part_of(Job *job, Barrier *barrier, int rank, int size,
+                  Py_ssize_t l2_bytes) noexcept nogil:
     cdef Part p
     p.job, p.barrier, p.rank, p.size = job, barrier, rank, size
     p.by_units = size > 1 and split_by_units(job, size, l2_bytes)
@@ -136,7 +142,8 @@ cdef Part part_of(Job *job, Barrier *barrier, int rank, int size, Py_ssize_t l2_
     return p
 
 
-# ---- tiles: row[SLOT] is a table of row pointers, one per row of the step; NULL where the cell has no such slot
+# ---- tiles: row[SLOT] is a table of row pointers, one per row of the step; NULL where the cell
+# has no such slot
 
 cdef struct Rows:
     real **row[SLOTS]
@@ -153,7 +160,8 @@ cdef inline Py_ssize_t tail_bytes(const Shape *s) noexcept nogil:
 
 
 cdef inline real *tail_row(const Part *p, int slot, Py_ssize_t r) noexcept nogil:
-    """Row r of a slot in `tail`: [SLOTS][tail_rows][tile_width], and behind them [tail_rows][planes][tile_width]."""
+    """Row r of a slot in `tail`: [SLOTS][tail_rows][tile_width], and behind them
+    [tail_rows][planes][tile_width]."""
     cdef const Shape *s = &p.job.shape
     if slot == DGATES:
         return p.tail + (SLOTS * s.tail_rows + r * tail_planes(s)) * s.tile_width
@@ -175,10 +183,10 @@ cdef inline void limit_row(real *x, Py_ssize_t n, real limit) noexcept nogil:
         x[k] = limit if x[k] > limit else -limit if x[k] < -limit else x[k]
 
 
-cdef void call_cell(const Part *p, const Rows *rows, Py_ssize_t first, Py_ssize_t n, Py_ssize_t unit,
-                    Py_ssize_t width, real *product, bint forward) noexcept nogil:
-    """Run the cell on rows first : first + n and units unit : unit + width. Where fewer units are left, whole
-    vectors are computed in `tail` and the valid ones copied in and out."""
+cdef void call_cell(const Part *p, const Rows *rows, Py_ssize_t first, Py_ssize_t n,
+                    Py_ssize_t unit, Py_ssize_t width, real *product, bint forward) noexcept nogil:
+    """Run the cell on rows first : first + n and units unit : unit + width. Where fewer units are
+    left, whole vectors are computed in `tail` and the valid ones copied in and out."""
     cdef const Shape *shape = &p.job.shape
     cdef Py_ssize_t valid = imin(width, shape.H - unit), offset, r, plane, planes
     cdef bint redirect = valid < width

@@ -1,13 +1,15 @@
 # The forward scan of one job.
 #
-#   GATES_t  = bias + x_t W_ih'                                  a chunk of steps at once, still in cache when read
-#   GATES_t += h_{t-1} W_hh';  h_t, c_t = cell(GATES_t, ...)     tile by tile
-#   h_t      = m_t W_hr'                                         with a projection, m_t being the cell's output
+#   GATES_t  = bias + x_t W_ih'          a chunk of steps at once, still in cache when read
+#   GATES_t += h_{t-1} W_hh'
+#   h_t, c_t = cell(GATES_t, ...)        both tile by tile
+#   h_t      = m_t W_hr'                 with a projection, m_t being the cell's output
 #
 # Cost: 2 T B G H (I + R) FLOP, plus 2 T B H P; every step reads the packed W_hh once per slab.
 
 cdef enum:
-    CHUNK_ROWS = 256            # rows (t, b) projected at once, so that they are still in L2 when the scan reads them
+    # rows (t, b) projected at once, so that they are still in L2 when the scan reads them
+    CHUNK_ROWS = 256
 
 
 cdef struct Forward:
@@ -35,7 +37,8 @@ cdef void forward_layout(Forward *f, char **arena) noexcept nogil:
     f.chunk = imin(job.T, 1 + (CHUNK_ROWS - 1) // (n if n > 0 else 1))
     f.part.tail = <real *>take(arena, tail_bytes(s))
     f.part.zero = <real *>take(arena, (s.H + s.R + s.tile_width) * sizeof(real))
-    f.scratch = <real *>take(arena, 0 if job.gates != NULL else f.chunk * n * s.gate_row * sizeof(real))
+    f.scratch = <real *>take(arena, 0 if job.gates != NULL
+                             else f.chunk * n * s.gate_row * sizeof(real))
     f.x_row = <const real **>take(arena, f.chunk * n * pointer)
     f.gate_row = <real **>take(arena, f.chunk * n * pointer)
     f.rows.row[H_PREV] = <real **>take(arena, n * pointer)
@@ -50,7 +53,8 @@ cdef void forward_layout(Forward *f, char **arena) noexcept nogil:
     f.masked = <real *>take(arena, n * s.R * sizeof(real) if job.recurrent_mask != NULL else 0)
 
 
-cdef void forward_project(Forward *f, Py_ssize_t s0, Py_ssize_t s1, Py_ssize_t active) noexcept nogil:
+cdef void forward_project(Forward *f, Py_ssize_t s0, Py_ssize_t s1,
+                          Py_ssize_t active) noexcept nogil:
     """GATES = bias + x W_ih' for the rows of steps s0:s1."""
     cdef Job *job = f.part.job
     cdef const Shape *shape = &job.shape
@@ -74,7 +78,7 @@ cdef void forward_project(Forward *f, Py_ssize_t s0, Py_ssize_t s1, Py_ssize_t a
     p.columns = shape.gate_row
     p.tail = f.part.tail
     product(&p, f.x_row, f.gate_row, M)
-    if shape.cell.planes > shape.cell.gates:        # what stays apart from x starts from its own bias
+    if shape.cell.planes > shape.cell.gates:    # what stays apart from x starts from its own bias
         for i in range(M):
             for k in range(f.p0, f.p1):
                 unit = (k * shape.cell.planes + shape.cell.gates) * VL
@@ -123,26 +127,30 @@ cdef void forward_rows(Forward *f, Py_ssize_t s, Py_ssize_t active) noexcept nog
                 f.rows.row[C][i] = job.m_c + t * job.m_c_t + b * shape.H
 
 
-cdef void zoneout(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit, Py_ssize_t width) noexcept nogil:
+cdef void zoneout_blend(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit,
+                        Py_ssize_t width) noexcept nogil:
     """The states of n rows from what the cell made of them and those before."""
     cdef Py_ssize_t valid = imin(width, f.part.job.shape.H - unit), r
     cdef real ***row = f.rows.row
     for r in range(i, i + n):
-        blend_row(f.h_out[r] + unit, row[H][r] + unit, row[H_PREV][r] + unit, at_unit(f.zoneout_h[r], unit), valid)
+        blend_row(f.h_out[r] + unit, row[H][r] + unit, row[H_PREV][r] + unit,
+                  at_unit(f.zoneout_h[r], unit), valid)
         if row[C] != NULL:
-            blend_row(f.c_out[r] + unit, row[C][r] + unit, row[C_PREV][r] + unit, at_unit(f.zoneout_c[r], unit), valid)
+            blend_row(f.c_out[r] + unit, row[C][r] + unit, row[C_PREV][r] + unit,
+                      at_unit(f.zoneout_c[r], unit), valid)
 
 
 cdef inline void forward_cell(Forward *f, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit,
                               Py_ssize_t width) noexcept nogil:
     call_cell(&f.part, &f.rows, i, n, unit, width, NULL, True)
     if f.part.job.zoneout:
-        zoneout(f, i, n, unit, width)
+        zoneout_blend(f, i, n, unit, width)
 
 
 cdef inline void forward_panels(Forward *f, Py_ssize_t panel, Py_ssize_t panels, Py_ssize_t i,
                                 Py_ssize_t n) noexcept nogil:
-    """The cell of some panels of n rows, together at most 4 vectors of units, unless it waits for all panels."""
+    """The cell of some panels of n rows, together at most 4 vectors of units, unless
+    it waits for all panels."""
     cdef const Shape *s = &f.part.job.shape
     if not s.cell.whole_rows:
         forward_cell(f, i, n, panel * s.units * VL, panels * s.units * VL)
@@ -161,7 +169,8 @@ cdef void forward_row(Forward *f, real *gates) noexcept nogil:
     """A step with one active row."""
     cdef Job *job = f.part.job
     cdef const Shape *s = &job.shape
-    cdef Py_ssize_t K = state_columns(s), reals = K * s.nv * VL, stride = s.units * s.cell.planes * VL
+    cdef Py_ssize_t K = state_columns(s), reals = K * s.nv * VL
+    cdef Py_ssize_t stride = s.units * s.cell.planes * VL
     cdef Py_ssize_t panel = f.p0, n, p, together = max(1, 4 // s.units)
     cdef Py_ssize_t first_plane = (s.cell.planes - s.cell.gates) * VL
     while panel < f.p1:
@@ -190,10 +199,11 @@ cdef void forward_tiles(Forward *f, Py_ssize_t panel, Py_ssize_t k0, Py_ssize_t 
 
 
 cdef void forward_step(Forward *f, real **gates, Py_ssize_t active) noexcept nogil:
-    """All of a step, panel by panel. The cell follows the last block of k a few tiles at a time, while they are in
-    L1; a call for every tile would cost more than the cell of 3 vectors."""
+    """All of a step, panel by panel. The cell follows the last block of k a few tiles at a time,
+    while they are in L1; a call for every tile would cost more than the cell of 3 vectors."""
     cdef const Shape *s = &f.part.job.shape
-    cdef Py_ssize_t K = state_columns(s), most = tile_rows(s.nv), group = MAX_ROWS // most * most, panel, k0, i, end
+    cdef Py_ssize_t K = state_columns(s), most = tile_rows(s.nv)
+    cdef Py_ssize_t group = MAX_ROWS // most * most, panel, k0, i, end
     f.rows.row[GATES] = gates
     if active == 1:
         forward_row(f, gates[0])

@@ -1,5 +1,5 @@
-# The products after a chunk of the backward scan: dx, and the weights' gradients, over its M active rows, step by step
-# and in each step by descending length.
+# The products after a chunk of the backward scan: dx, and the weights' gradients, over its M active
+# rows, step by step and in each step by descending length.
 
 cdef enum Source:
     INPUT, STATE, PROJECTED
@@ -26,7 +26,8 @@ cdef void gather(Backward *g, Py_ssize_t s0, Py_ssize_t s1, Source source) noexc
                 g.dgates_row[g.M] = dgates_at(g, s, b)
                 g.b_row[g.M] = h_before(job, g.part.zero, s, t, b)
                 if job.recurrent_mask != NULL:
-                    mask_row(g.masked + g.M * shape.R, g.b_row[g.M], job.recurrent_mask + b * shape.R, shape.R)
+                    mask_row(g.masked + g.M * shape.R, g.b_row[g.M],
+                             job.recurrent_mask + b * shape.R, shape.R)
                     g.b_row[g.M] = g.masked + g.M * shape.R
             else:
                 g.dgates_row[g.M] = dh_at(g, s, b)
@@ -34,8 +35,8 @@ cdef void gather(Backward *g, Py_ssize_t s0, Py_ssize_t s1, Source source) noexc
             g.M += 1
 
 
-cdef void weight_gradient(Backward *g, real *dw, Py_ssize_t rows, Py_ssize_t columns, bint state_planes,
-                          real *sums) noexcept nogil:
+cdef void weight_gradient(Backward *g, real *dw, Py_ssize_t rows, Py_ssize_t columns,
+                          bint state_planes, real *sums) noexcept nogil:
     """Add the gathered rows' part to this thread's rows of dw (rows, columns)."""
     cdef const Shape *shape = &g.part.job.shape
     cdef Py_ssize_t m, row
@@ -52,10 +53,12 @@ cdef void weight_gradient(Backward *g, real *dw, Py_ssize_t rows, Py_ssize_t col
 
 
 cdef void params_gradient(Backward *g) noexcept nogil:
-    """The sums over the gathered rows of what stands behind the planes, for this thread's share of them."""
+    """The sums over the gathered rows of what stands behind the planes, for this
+    thread's share of them."""
     cdef const Shape *shape = &g.part.job.shape
     cdef Py_ssize_t planes = shape.cell.planes * shape.H, n = shape.cell.params * shape.H
-    cdef Py_ssize_t m = share(n, g.part.rank, g.part.size), end = share(n, g.part.rank + 1, g.part.size)
+    cdef Py_ssize_t m = share(n, g.part.rank, g.part.size)
+    cdef Py_ssize_t end = share(n, g.part.rank + 1, g.part.size)
     cdef real *sums = <real *>g.part.job.d.params
     if g.first and n > 0:
         memset(sums + m, 0, (end - m) * sizeof(real))
@@ -67,7 +70,8 @@ cdef void params_gradient(Backward *g) noexcept nogil:
 cdef void input_gradient(Backward *g) noexcept nogil:
     """dx = dGATES W_ih for this thread's share of the gathered rows."""
     cdef const Shape *shape = &g.part.job.shape
-    cdef Py_ssize_t m0 = share(g.M, g.part.rank, g.part.size), m1 = share(g.M, g.part.rank + 1, g.part.size)
+    cdef Py_ssize_t m0 = share(g.M, g.part.rank, g.part.size)
+    cdef Py_ssize_t m1 = share(g.M, g.part.rank + 1, g.part.size)
     cdef Product p
     p.K, p.nv, p.w = shape.cell.gates * shape.H, 4, g.w + g.at.w_ih
     p.p0, p.p1, p.init = 0, ceil_div(shape.I, 4 * VL), g.part.zero
@@ -98,13 +102,15 @@ cdef void backward_products(Backward *g, Py_ssize_t s0, Py_ssize_t s1) noexcept 
 
 
 cdef void finish_gradients(Backward *g) noexcept nogil:
-    """db_hh: b_ih's, or where hn stays apart the sums over the state's planes. dx past the ends: zeros."""
+    """db_hh: b_ih's, or where hn stays apart the sums over the state's planes.
+    dx past the ends: zeros."""
     cdef Job *job = g.part.job
     cdef const Shape *shape = &job.shape
     cdef Py_ssize_t m, b, t, rows = shape.cell.gates * shape.H
     cdef real *db = <real *>job.d.b_hh
     if job.d.w_ih != NULL and db != NULL:
-        for m in range(share(rows, g.part.rank, g.part.size), share(rows, g.part.rank + 1, g.part.size)):
+        for m in range(share(rows, g.part.rank, g.part.size),
+                       share(rows, g.part.rank + 1, g.part.size)):
             if shape.cell.planes > shape.cell.gates:
                 db[plane_gate(shape, <int>(m // shape.H), True) * shape.H + m % shape.H] = g.sums[m]
             else:

@@ -1,0 +1,124 @@
+# Who does which part of the backward pass, and how the parts of dQ are joined.
+#
+# A task is one slab of keys of one key/value head: it owns those rows of dK and dV, and leaves its
+# part of dQ, which are added in the order of the slabs. There are at most SLABS of them and they
+# depend on the number of keys alone: neither threads nor the batch change a sum, and one head keeps
+# SLABS threads busy.
+# Where there are heads enough, a task is a whole head: q and dO are packed once for all its slabs.
+
+cdef bint backward_by_heads(const Problem *p, int threads) noexcept nogil:
+    """Whether a task is a whole head: as many for every thread, or so many that one more
+    counts little, short enough that a thread's parts and sums stay near, and none that
+    shares a bias gradient."""
+    cdef Py_ssize_t heads = p.B * p.NK
+    if p.dbias.data != NULL and (p.dbias.stride[0] == 0 or p.dbias.stride[1] == 0):
+        return False
+    if max(most_of(p.q_len, p.B), most_of(p.kv_len, p.B)) > SEGMENT:
+        return False
+    return heads % threads == 0 or heads >= 8 * threads
+
+
+cdef void find_parts(Backward *g, Py_ssize_t b, Py_ssize_t hk) noexcept nogil:
+    """Where the parts of dQ of key/value head hk are."""
+    if g.all_parts == NULL:
+        g.parts, g.part_heads, g.first_head = g.own_parts, g.p.group, hk * g.p.group
+    else:
+        g.parts, g.part_heads, g.first_head = g.all_parts + g.part_first[b], g.p.NH, 0
+
+
+cdef void backward_task(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t slab0,
+                        Py_ssize_t slab1) noexcept nogil:
+    """Slabs slab0 : slab1 of a head."""
+    cdef const Problem *p = g.p
+    cdef Py_ssize_t k0 = slab0 * slab_keys(p, b), k1 = imin(slab1 * slab_keys(p, b), p.kv_len[b])
+    cdef Py_ssize_t L = p.q_len[b]
+    cdef Py_ssize_t D = round_up(p.D), DV = round_up(p.DV), h, i, slab, j
+    find_parts(g, b, hk)
+    memset(g.dk, 0, (k1 - k0) * D * sizeof(real))
+    memset(g.dv, 0, (k1 - k0) * DV * sizeof(real))
+    for h in range(hk * p.group, (hk + 1) * p.group):
+        for slab in range(slab0, slab1):
+            memset(dq_part(g, b, slab, h, 0), 0, L * D * sizeof(real))
+        i = 0
+        while i < L:
+            pack_segment(g, b, h, i, imin(SEGMENT, L - i))
+            for slab in range(slab0, slab1):
+                backward_segment(g, b, h, i, imin(SEGMENT, L - i), slab, k0)
+            i += SEGMENT
+    for j in range(k0, k1):
+        memcpy(of_key(p, &p.dk, b, hk, j), g.dk + (j - k0) * D, p.D * sizeof(real))
+        memcpy(of_key(p, &p.dv, b, hk, j), g.dv + (j - k0) * DV, p.DV * sizeof(real))
+
+
+cdef void join_slabs(const Backward *g, Py_ssize_t b, Py_ssize_t h) noexcept nogil:
+    """dQ of one head: its parts in the order of the slabs."""
+    cdef const Problem *p = g.p
+    cdef Py_ssize_t i, slab
+    cdef real *dq
+    for i in range(p.q_len[b]):
+        dq = of_query(p, &p.dq, b, h, i)
+        memcpy(dq, dq_part(g, b, 0, h, i), p.D * sizeof(real))
+        for slab in range(1, slabs(p, b)):
+            add_row(dq, dq_part(g, b, slab, h, i), p.D)
+
+
+# what a task spans: bias gradients that several would add to are one task's
+cdef struct Split:
+    Py_ssize_t batches, heads, slabs
+
+
+cdef Split split_of(const Problem *p) noexcept nogil:
+    """Tasks are slabs x batches x heads of the split; each runs what the split leaves
+    out, in ascending order."""
+    cdef Split s
+    cdef const View *d = &p.dbias
+    s.batches, s.heads, s.slabs = p.B, p.NK, SLABS
+    if d.data != NULL:
+        if d.stride[0] == 0:
+            s.batches = 1
+        if d.stride[1] == 0:
+            s.heads = 1
+        if d.stride[3] == 0:
+            s.slabs = 1
+    return s
+
+
+cdef void backward_slabs(Backward *g, Barrier *barrier, int rank, int size,
+                         int64_t *counter) noexcept nogil:
+    """A slab of all heads before the next one: under a causal mask the
+    first slab is the longest."""
+    cdef const Problem *p = g.p
+    cdef Split s = split_of(p)
+    cdef Py_ssize_t b, hk, slab, b0, h0, s0, n
+    cdef int64_t task = next_task(counter)
+    while task < s.batches * s.heads * s.slabs:
+        s0, b0, h0 = task // (s.batches * s.heads), task // s.heads % s.batches, task % s.heads
+        b = b0
+        while b < p.B:
+            hk = h0
+            while hk < p.NK:
+                slab = s0
+                while slab < slabs(p, b):
+                    backward_task(g, b, hk, slab, slab + 1)
+                    slab += s.slabs
+                hk += s.heads
+            b += s.batches
+        task = next_task(counter)
+    barrier_wait(barrier, size)
+    n = rank
+    while n < p.B * p.NH:
+        find_parts(g, n // p.NH, n % p.NH // p.group)
+        join_slabs(g, n // p.NH, n % p.NH)
+        n += size
+
+
+cdef void backward_heads(Backward *g, int64_t *counter) noexcept nogil:
+    cdef const Problem *p = g.p
+    cdef Py_ssize_t b, hk, h
+    cdef int64_t task = next_task(counter)
+    while task < p.B * p.NK:
+        b, hk = task // p.NK, task % p.NK
+        backward_task(g, b, hk, 0, slabs(p, b))
+        for h in range(hk * p.group, (hk + 1) * p.group):
+            join_slabs(g, b, h)
+        task = next_task(counter)
