@@ -106,9 +106,10 @@ static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, c
     static const WeighFn fn[][5] = {{0}, WIDTHS(1), WIDTHS(2), WIDTHS(3), WIDTHS(4)};
 #undef WIDTHS
     intptr_t most = VBYTES == 64 || rows < 4 ? 4 : 3;
+    intptr_t block = DV <= most * VL && DV % VL == 0 ? n : WEIGH_KEYS; /* read once, or again */
     const real *pj[DECODE_ROWS];
-    for (intptr_t j = 0; j < n; j += WEIGH_KEYS) {
-        intptr_t keys = n - j < WEIGH_KEYS ? n - j : WEIGH_KEYS, d = 0;
+    for (intptr_t j = 0; j < n; j += block) {
+        intptr_t keys = n - j < block ? n - j : block, d = 0;
         for (int r = 0; r < rows; r++)
             pj[r] = p[r] + j;
         while (d + VL <= DV) {
