@@ -18,7 +18,7 @@ PATHS = {
     "decode": {"L": 2, "S": 19},
     "decode-chunks": {"L": 2, "S": 1100},
     "packed": {"L": 13, "S": 19},
-    "packed-blocks": {"L": 30, "S": 270},
+    "packed-blocks": {"L": 30, "S": 530},
 }
 RAGGED = {"ragged": "qkv", "causal": "bottom_right", "alibi": "NH", "dropout_p": 0.3}
 FIELDS = {"plain": {}, "ragged": RAGGED, "all": ALL_OPTIONS}
@@ -38,7 +38,7 @@ def problem_of(path, fields, dtype):
 # takes slabs of keys, all together where the bias is one for all keys. Rows of several lengths.
 REGIMES = {
     "heads": {"B": 4, "NH": 4, "NK": 4, "L": 30, "S": 40, "D": 16, "DV": 16},
-    "blocks": {"B": 1, "NH": 2, "NK": 1, "L": 130, "S": 300, "D": 16, "DV": 16},
+    "blocks": {"B": 1, "NH": 2, "NK": 1, "L": 130, "S": 600, "D": 16, "DV": 16},
     "one-head": {"B": 1, "NH": 1, "NK": 1, "L": 120, "S": 800, "D": 8, "DV": 8},
     "waves": {"B": 1, "NH": 3, "NK": 3, "L": 9, "S": 1030, "D": 512, "DV": 520},
     "decode": {"B": 3, "NH": 4, "NK": 2, "L": 1, "S": 2100, "D": 16, "DV": 16},

@@ -13,7 +13,7 @@ include "base.pxi"
 
 cdef extern from "attention.h" nogil:
     enum:
-        PANEL, TILE_ROWS, DECODE_ROWS
+        PANEL, TILE_ROWS, KEY_BLOCK, DECODE_ROWS
     Py_ssize_t round_up(Py_ssize_t n)
     void panels(int rows, int turned, const real **a, Py_ssize_t lda, Py_ssize_t k0, Py_ssize_t k1,
                 const real *w, Py_ssize_t K, Py_ssize_t N, Py_ssize_t n0, Py_ssize_t n1,

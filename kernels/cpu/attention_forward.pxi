@@ -13,7 +13,6 @@
 
 cdef enum:
     QUERY_ROWS = 48
-    KEY_BLOCK = 256
     SCORE_ROW = KEY_BLOCK + 16      # off powers of two
     PACK_BYTES = 8388608            # heads are packed together up to this size
     # a head of so few blocks is one task, and packed by the thread that runs it
