@@ -9,18 +9,14 @@
  * waits for each row: decoding took 1.2 to 1.4 times as long (Zen 3, D 64 and 128, S 1k to 64k). */
 enum { AHEAD_BYTES = 4096, DECODE_ROWS = 4, WEIGH_KEYS = 32 };
 
-INLINE void prefetch_row(const real *row, intptr_t n) {
-    for (intptr_t d = 0; d < n; d += 64 / sizeof(real))
-        __builtin_prefetch(row + d, 0, 3);
-}
-
 /* s[r][j] = q[r] . k_j for rows r and keys j of [0, n): k_j is k + j * ld. The keys are read
  * once, and not packed; as many at a time as give a whole vector of sums, or what is done for
  * each costs as much as its products. */
 INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intptr_t ld, intptr_t n,
                        intptr_t D, real *const *s) {
-    const int places = rows == 3 ? 4 : rows; /* of which the vectors are a multiple */
+    const int places = rows == 3 ? 4 : rows; /* rows in a vector of sums */
     const int keys = VL > places ? VL / places : 1;
+    /* whose sums are in registers: 8 chains hide an addition's latency, AVX-512 holds 16 */
     const int together = rows == 1 && keys > 4 ? 8 : keys < 4 ? keys : 4;
     intptr_t ahead = (AHEAD_BYTES / (D * sizeof(real)) + 1) * ld;
     for (intptr_t j = 0; j < n; j += keys) {

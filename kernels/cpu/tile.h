@@ -38,8 +38,8 @@ INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
 #endif
 
 /* a: row r is a[r][k], or if `turned` a[0][k * lda + r], so that a product with a transposed left
- * side needs no copy. Step k of w is ldw reals after step k - 1. init: NULL to add to c, else one
- * row that every row of c starts from. */
+ * side needs no copy. Step k of w is ldw reals after step k - 1; what lies `ahead` reals further is
+ * asked for, 0: nothing. init: NULL to add to c, else one row that every row of c starts from. */
 INLINE void tile_fixed(const int rows, const int nv, const int turned, const real *const *a,
                        intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw,
                        intptr_t ahead, const real *init, real *const *c, intptr_t col) {

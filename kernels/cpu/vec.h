@@ -2,8 +2,8 @@
  *
  * Built once per (ISA level, dtype): VBYTES is the register width in bytes (16, 32, 64) and
  * REAL_BITS 32 or 64. `vec` is a GCC/Clang vector of VL reals, so + - * / are element-wise.
- * No intrinsics, everything is static. NaN goes through every function; exp, tanh and sigmoid are
- * branch-free with the stated maximum errors.
+ * Intrinsics only where no operator gives the instruction; everything is static. NaN goes through
+ * every function; exp, tanh and sigmoid are branch-free with the stated maximum errors.
  */
 #ifndef FASTSEQ_VEC_H
 #define FASTSEQ_VEC_H
