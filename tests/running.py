@@ -87,9 +87,29 @@ def assert_same_bits(ours, expected):
         assert not len(differ), f"{name}{list(a.shape)}: {len(differ)} differ, at {differ[0]}"
 
 
-def same_bits(ours, expected):
+def assert_same_bits_in_order(ours, expected):
     """Arrays in order, as assert_same_bits holds them by name."""
     assert_same_bits(dict(enumerate(ours)), dict(enumerate(expected)))
+
+
+LAYOUTS = {  # of time-major arrays
+    "batch-major": lambda a: a.swapaxes(0, -2).copy().swapaxes(0, -2) if a.ndim == 3 else a,
+    "fortran": np.asfortranarray,
+    "negative": lambda a: np.flip(np.flip(a).copy()),
+    "sliced": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "part-of-rows": lambda a: np.pad(a, [(0, 0)] * (a.ndim - 1) + [(2, 3)])[..., 2:-3],
+}
+
+
+def moved(problem, change):
+    """The problem with `change` made to all of its arrays: inputs, options, cotangents."""
+    parts = {part: getattr(problem, part) for part in ("inputs", "options", "cotangents")}
+    return problem.having(
+        **{
+            part: {k: change(a) if isinstance(a, np.ndarray) else a for k, a in arrays.items()}
+            for part, arrays in parts.items()
+        }
+    )
 
 
 class PoisonedNumpy:

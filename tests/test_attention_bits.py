@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from attention_problems import ALL_OPTIONS, AttentionProblem
 from attention_running import forward, lengths, packed, results, row
-from running import PoisonedNumpy, assert_same_bits, python
+from running import PoisonedNumpy, assert_same_bits, moved, python
 
 import fastseq
 from fastseq import _attend, _dispatch
@@ -177,14 +177,7 @@ LAYOUTS = {
 def test_any_layout(path, dtype, layout):
     """Of inputs, masks, lengths, slopes and the gradients of the outputs."""
     problem = problem_of(path, ALL_OPTIONS, dtype)
-    change = LAYOUTS[layout]
-
-    def moved(arrays):
-        return {k: change(a) if isinstance(a, np.ndarray) else a for k, a in arrays.items()}
-
-    parts = ("inputs", "options", "cotangents")
-    elsewhere = problem.having(**{part: moved(getattr(problem, part)) for part in parts})
-    assert_same_bits(results(elsewhere), results(problem))
+    assert_same_bits(results(moved(problem, LAYOUTS[layout])), results(problem))
 
 
 @pytest.mark.parametrize("path", ["decode", "packed"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from linear_scan_problems import ScanProblem
 from linear_scan_running import LONG, assert_solved, results, solve
-from running import assert_same_bits, python
+from running import LAYOUTS, assert_same_bits, moved, python
 
 from fastseq import _dispatch, _linear_scan
 
@@ -62,30 +62,12 @@ def test_many_columns_are_numpys_loop_to_the_bit():
     assert_same_bits(solve(problem).outputs, {"h": np.stack(expected), "h_n": expected[-1]})
 
 
-LAYOUTS = {
-    "batch-major": lambda a: a.swapaxes(0, -2).copy().swapaxes(0, -2) if a.ndim == 3 else a,
-    "fortran": np.asfortranarray,
-    "negative": lambda a: np.flip(np.flip(a).copy()),
-    "sliced": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
-    "part-of-rows": lambda a: np.pad(a, [(0, 0)] * (a.ndim - 1) + [(2, 3)])[..., 2:-3],
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(9, 4, 5), (LONG, 2, 2)], ids=["channels", "chunks"])
 @pytest.mark.parametrize("masks", [{}, {"ragged": True, "resets": 0.25}], ids=["full", "masks"])
 def test_any_layout(layout, size, masks):
-    problem, change = ScanProblem("linear_scan", *size, **masks), LAYOUTS[layout]
-
-    def moved(arrays):
-        return {k: change(a) if isinstance(a, np.ndarray) else a for k, a in arrays.items()}
-
-    elsewhere = problem.having(
-        inputs=moved(problem.inputs),
-        options=moved(problem.options),
-        cotangents=moved(problem.cotangents),
-    )
-    assert_same_bits(results(elsewhere), results(problem))
+    problem = ScanProblem("linear_scan", *size, **masks)
+    assert_same_bits(results(moved(problem, LAYOUTS[layout])), results(problem))
 
 
 @pytest.mark.parametrize("size", [(9, 4, 5), (LONG, 2, 2)], ids=["channels", "chunks"])

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from running import refused, same_bits
+from running import assert_same_bits_in_order, refused
 from tolerance import assert_all_close, assert_close
 
 import fastseq
@@ -51,7 +51,7 @@ def test_truncated_gradients(cell, chunk, bias, rng):
     assert_all_close(dict(zip(weights, sums, strict=True)), ref, grad=True)
     assert np.concatenate(dxs).shape == x.shape
     whole = fn(x, **weights, **states)[0]
-    same_bits([np.concatenate(ys)], [whole])
+    assert_same_bits_in_order([np.concatenate(ys)], [whole])
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -62,8 +62,8 @@ def test_truncated_with_lengths_and_resets(cell, rng):
     chunks = fastseq.tbptt(fn, x, **weights, **states, chunk=4, **options)
     ys, last, _ = zip(*chunks, strict=True)
     y, state = fn(x, **weights, **states, **options)
-    same_bits([np.concatenate(ys)], [y])
-    same_bits(np.stack(last[-1]), np.stack(state))
+    assert_same_bits_in_order([np.concatenate(ys)], [y])
+    assert_same_bits_in_order(np.stack(last[-1]), np.stack(state))
 
 
 def test_weights_may_change_between_chunks(rng):
@@ -76,10 +76,10 @@ def test_weights_may_change_between_chunks(rng):
     for k, (y, _, _) in enumerate(fastseq.tbptt(fastseq.rnn, x, **weights, chunk=6, **options)):
         if k == 0:
             y_1, h = fastseq.rnn(x[:6], **first, **options)
-            same_bits([y], [y_1])
+            assert_same_bits_in_order([y], [y_1])
             for w in weights.values():
                 w += 0.1
-    same_bits([y], [fastseq.rnn(x[6:], **second, h0=h, **options)[0]])
+    assert_same_bits_in_order([y], [fastseq.rnn(x[6:], **second, h0=h, **options)[0]])
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from running import refused, same_bits
+from running import assert_same_bits_in_order, refused
 from tolerance import assert_close
 
 import fastseq
@@ -100,9 +100,9 @@ def test_nothing_to_clip_changes_no_bit_and_writes_nothing(rng):
     before = [a.copy() for a in arrays]
     for _ in range(2):
         norm = fastseq.clip_grad_norm_(arrays, 1e9)
-    same_bits(arrays, before)
+    assert_same_bits_in_order(arrays, before)
     assert fastseq.clip_grad_norm_(arrays, np.inf) == norm
-    same_bits(arrays, before)
+    assert_same_bits_in_order(arrays, before)
 
 
 def test_empty_and_none():
@@ -115,7 +115,7 @@ def test_empty_and_none():
     assert fastseq.clip_grad_norm_(np.ones((2, 2)), 9.0) == 2  # one array
     zeros = np.zeros(5)
     assert fastseq.clip_grad_norm_([zeros], 0.0) == 0
-    same_bits([zeros], [np.zeros(5)])
+    assert_same_bits_in_order([zeros], [np.zeros(5)])
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, np.inf])
@@ -129,7 +129,7 @@ def test_norms_that_are_not_finite(at, dtype, bad, p, rng):
     before = [a.copy() for a in arrays]
     message = f"clip_grad_norm_: the norm of order {p:g} must be finite, got {abs(bad)}"
     refused(lambda: fastseq.clip_grad_norm_(arrays, 1.0, p, True), RuntimeError, message)
-    same_bits(arrays, before)
+    assert_same_bits_in_order(arrays, before)
     peer_norm, peer = torch_clipped(arrays, 1.0, p)
     norm = fastseq.clip_grad_norm_(arrays, 1.0, p)
     np.testing.assert_array_equal(norm, peer_norm.item())
@@ -177,7 +177,7 @@ def test_threads_agree_bitwise(dtype, p, monkeypatch, rng):
         results.append([*arrays, np.array(fastseq.clip_grad_norm_(arrays, 0.3, p))])
         fastseq.clip_grad_value_(arrays, 1e-4)
     for found in results[1:]:
-        same_bits(found, results[0])
+        assert_same_bits_in_order(found, results[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from running import refused, same_bits
+from running import assert_same_bits_in_order, refused
 from tolerance import assert_close
 
 import fastseq
@@ -20,7 +20,7 @@ def test_identity_keeps_the_state(dtype, rng):
     h0 = rng.random((3, 5)).astype(dtype)
     x, w_ih = np.zeros((9, 3, 2), dtype), rng.standard_normal((5, 2)).astype(dtype)
     y, h_n = fastseq.rnn(x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity="relu")
-    same_bits([*y, h_n], [h0] * 10)
+    assert_same_bits_in_order([*y, h_n], [h0] * 10)
     fastseq.init.identity(w_hh[::-1], scale=0.01)
     np.testing.assert_array_equal(w_hh[::-1], (0.01 * np.eye(5)).astype(dtype))
 
@@ -33,7 +33,7 @@ def test_orthogonal_per_gate(dtype, gates):
     fastseq.init.orthogonal(w, gain=gain, rng=5)
     exact = np.full((gates * H, H), np.nan)
     fastseq.init.orthogonal(exact, gain=gain, rng=np.random.default_rng(5))
-    same_bits([w], [exact.astype(dtype)])
+    assert_same_bits_in_order([w], [exact.astype(dtype)])
     for block in np.split(exact, gates):
         assert_close(block.T @ block, gain**2 * np.eye(H))
     normal = np.random.default_rng(5).standard_normal(exact.shape)
@@ -66,7 +66,7 @@ def test_forget_bias(rng):
     b_ih, b_hh = rng.standard_normal((2, 12))
     ref = reference.forget_bias(b_ih, b_hh, 2.0)
     fastseq.init.forget_bias(b_ih, b_hh, 2.0)
-    same_bits([b_ih, b_hh], ref)
+    assert_same_bits_in_order([b_ih, b_hh], ref)
     fastseq.init.forget_bias(b_ih)
     np.testing.assert_array_equal(b_ih[3:6], 1)
 

@@ -125,6 +125,14 @@ cdef void pack_slab_block(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t j
     g.k_finite = pack_panels(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, p.scale, g.k_rows)
 
 
+cdef inline real *bias_gradient(const Problem *p, Py_ssize_t b, Py_ssize_t h,
+                                Py_ssize_t i) noexcept nogil:
+    """Key 0 of a row of dbias, NULL without one."""
+    if p.dbias.data == NULL:
+        return NULL
+    return p.dbias.data + b * p.dbias.stride[0] + h * p.dbias.stride[1] + i * p.dbias.stride[2]
+
+
 cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i,
                        real delta, Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
     """One row's scores and dP to the dropped P and dS, zeros outside its keys."""
@@ -135,7 +143,7 @@ cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py
     cdef real *ds = g.ds + r * BACK_STRIDE
     cdef real *factor = g.factor + r * BACK_STRIDE if has_factor(p) else NULL
     cdef real lse = of_query(p, &p.lse, b, h, i)[0]
-    cdef View *db = <View *>&p.dbias
+    cdef real *db = bias_gradient(p, b, h, i)
     if at.lo >= at.hi or lse == -INFINITY:
         memset(w, 0, n * sizeof(real))
         memset(ds, 0, n * sizeof(real))
@@ -146,9 +154,9 @@ cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py
         score_gradients(o, w, ds, lse, delta, j0, at.lo, at.hi, j0, j0 + n)
     else:
         nan_gradients(w, ds, j0, at.lo, at.hi, j0, j0 + n)
-    if db.data != NULL:
-        add_strided(db.data + b * db.stride[0] + h * db.stride[1] + i * db.stride[2]
-                    + at.lo * db.stride[3], db.stride[3], ds + (at.lo - j0), at.hi - at.lo)
+    if db != NULL:
+        add_strided(db + at.lo * p.dbias.stride[3], p.dbias.stride[3], ds + (at.lo - j0),
+                    at.hi - at.lo)
     if factor != NULL:
         multiply_row(ds, factor, n)
 
@@ -190,10 +198,8 @@ cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, 
             tile.lo, tile.hi = imin(tile.lo, g.at[first + r].lo), max(tile.hi, g.at[first + r].hi)
             prefetch_keys(g.options[first + r].bias, g.options[first + r].bias_j,
                           g.at[first + r].lo, g.at[first + r].hi)
-            if p.dbias.data != NULL:
-                prefetch_keys(p.dbias.data + b * p.dbias.stride[0] + h * p.dbias.stride[1]
-                              + i * p.dbias.stride[2], p.dbias.stride[3], g.at[first + r].lo,
-                              g.at[first + r].hi)
+            prefetch_keys(bias_gradient(p, b, h, i), p.dbias.stride[3], g.at[first + r].lo,
+                          g.at[first + r].hi)
         q[r], d_o[r] = (g.q_rows + (segment + first + r) * round_up(p.D),
                         of_query(p, &p.d_o, b, h, i))
         w[r], ds[r] = g.weights + (first + r) * BACK_STRIDE, g.ds + (first + r) * BACK_STRIDE

@@ -14,7 +14,7 @@ enum { PANEL_VECTORS = VBYTES == 64 ? 4 : 2, PANEL = PANEL_VECTORS * VL, TILE_RO
 
 /* Keys of a packed block of the forward pass, which all queries read from L2, and after which each
  * row's maximum is looked for: with 512 instead of 256 forward is 1.02 to 1.04 times as fast
- * (Zen 5, 1 MiB of L2 a core, L 512 to 2048); CPUs without AVX-512 have half of that. */
+ * (Zen 5, 1 MiB of L2 a core, L 512 to 2048); Zen 3 has half of that. */
 enum { KEY_BLOCK = VBYTES == 64 ? 512 : 256 };
 
 INLINE intptr_t round_up(intptr_t n) { return (n + VL - 1) / VL * VL; }

@@ -259,7 +259,7 @@ static __attribute__((unused)) real exponentials(real *s, intptr_t j0, intptr_t 
     return sum_lanes(sum);
 }
 
-/* Keys [lo, hi) of a row of the bias or its gradient, asked for while the products
+/* Keys [lo, hi) of a row of the bias or its gradient, NULL without, asked for while the products
  * that meet them are computed. */
 INLINE void prefetch_keys(const real *row, intptr_t stride, intptr_t lo, intptr_t hi) {
     for (intptr_t j = lo; j < hi && row && stride == 1; j += 64 / sizeof(real))

@@ -8,8 +8,9 @@
  * Planes are the per-unit values kept as [unit vector][plane][lane] in `GATES`: pre-activations
  * when forward is called, activations when it returns, and what backward reads:
  *     rnn   a                  gradients  da
- *     gru   xn | r | z | hn    gradients  dhn | dr | dz | dxn   (hn = W_hn h + b_hn stays apart
- *     lstm  i | f | g | o      gradients  di | df | dg | do      from xn)
+ *     gru   xn | r | z | hn    gradients  dhn | dr | dz | dxn
+ *     lstm  i | f | g | o      gradients  di | df | dg | do
+ * hn = W_hn h + b_hn stays apart from xn.
  * The state product adds to the last `gates` planes, the projected input to the first:
  * for a GRU they differ by one, and the cells of layer_norm_cells.h, whose tiles are whole
  * rows, keep all planes of x and h apart.
@@ -91,7 +92,9 @@ static void rnn_relu_backward(const Tile *t) {
 }
 #undef PLANES
 
-/* ---- r = s(.), z = s(.), n = tanh(xn + r * hn), h' = (1 - z) * n + z * h */
+/* ---- r = s(.), z = s(.), n = tanh(xn + r * hn), h' = (1 - z) * n + z * h
+ * The tanh in a loop of its own: behind the gates of the same vector it waits for them. GRU forward
+ * 1.04 to 1.1 times as fast at H 64, LSTM 1.01 (Zen 5). */
 #define PLANES 4
 static void gru_forward(const Tile *t) {
     FOR_EACH_VECTOR(t) {
