@@ -30,12 +30,52 @@ enum {
 
 INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
 
-/* Loops over a tile's rows and vectors, so that the accumulators are registers in every build. */
+/* Loops over a tile's rows and vectors, so that the accumulators are registers in every build; and
+ * over its steps: GRU 1.02 to 1.06 times as fast, LSTM 1.01, attention 1.01 (Zen 3, AVX2). */
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_STEPS _Pragma("clang loop unroll_count(4)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_STEPS _Pragma("GCC unroll 4")
 #endif
+
+/* Vector j of w, and what lies `ahead` reals further asked for. */
+INLINE vec load_step(const real *w, int j, intptr_t ahead) {
+    if (ahead && (VBYTES == 64 || j * VBYTES % 64 == 0))
+        __builtin_prefetch(w + j * VL + ahead, 0, 3);
+    return load(w + j * VL);
+}
+
+/* One k of a tile. The side with fewer numbers is held: 3 rows of 4 vectors and 6 of 2 then fit 16
+ * registers, also when several steps are unrolled. */
+INLINE void step(const int rows, const int nv, const int turned, const real *const *row, intptr_t k,
+                 const real *w, intptr_t ahead, vec acc[MAX_ROWS][4]) {
+    vec held[MAX_ROWS];
+    if (rows < nv) {
+        UNROLL
+        for (int r = 0; r < rows; r++)
+            held[r] = broadcast(turned ? row[0][r] : row[r][k]);
+        UNROLL
+        for (int j = 0; j < nv; j++) {
+            vec wj = load_step(w, j, ahead);
+            UNROLL
+            for (int r = 0; r < rows; r++)
+                acc[r][j] += held[r] * wj;
+        }
+        return;
+    }
+    UNROLL
+    for (int j = 0; j < nv; j++)
+        held[j] = load_step(w, j, ahead);
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        vec ar = broadcast(turned ? row[0][r] : row[r][k]);
+        UNROLL
+        for (int j = 0; j < nv; j++)
+            acc[r][j] += ar * held[j];
+    }
+}
 
 /* a: row r is a[r][k], or if `turned` a[0][k * lda + r], so that a product with a transposed left
  * side needs no copy. Step k of w is ldw reals after step k - 1; what lies `ahead` reals further is
@@ -50,21 +90,9 @@ INLINE void tile_fixed(const int rows, const int nv, const int turned, const rea
     do {
         vec acc[MAX_ROWS][4] = {};
         intptr_t end = k1 - k0 < SUM_CHUNK ? k1 : k0 + SUM_CHUNK;
+        UNROLL_STEPS
         for (; k0 < end; k0++, w += ldw) {
-            vec wk[4];
-            UNROLL
-            for (int j = 0; j < nv; j++) {
-                wk[j] = load(w + j * VL);
-                if (ahead && (VBYTES == 64 || j * VBYTES % 64 == 0))
-                    __builtin_prefetch(w + j * VL + ahead, 0, 3);
-            }
-            UNROLL
-            for (int r = 0; r < rows; r++) {
-                vec ark = broadcast(turned ? row[0][r] : row[r][k0]);
-                UNROLL
-                for (int j = 0; j < nv; j++)
-                    acc[r][j] += ark * wk[j];
-            }
+            step(rows, nv, turned, row, k0, w, ahead, acc);
             row[0] += turned ? lda : 0;
         }
         UNROLL
@@ -256,56 +284,6 @@ INLINE void copy_padded(real *dst, const real *src, intptr_t n, intptr_t width) 
 INLINE void add_row(real *sum, const real *row, intptr_t n) {
     for (intptr_t m = 0; m < n; m++)
         sum[m] += row[m];
-}
-
-/* ---- a hash that detects changed weights */
-
-typedef uint64_t words __attribute__((vector_size(VBYTES)));
-/* 128 bytes at once: the same hash at every level. */
-enum { WORDS = VBYTES / 8, HASH_CHAINS = 64 / VBYTES * 2 };
-
-/* The low times the high 32 bits of every word: one instruction,
- * which the compiler does not find. */
-INLINE words fold(words a) {
-#if VBYTES == 64
-    return (words)_mm512_mul_epu32((__m512i)a, (__m512i)(a >> 32));
-#elif VBYTES == 32
-    return (words)_mm256_mul_epu32((__m256i)a, (__m256i)(a >> 32));
-#elif defined(__x86_64__)
-    return (words)_mm_mul_epu32((__m128i)a, (__m128i)(a >> 32));
-#else
-    return (a & 0xFFFFFFFFu) * (a >> 32);
-#endif
-}
-
-/* 64-bit hash of n 64-bit words (the accumulation step of XXH3 with a key that moves with the
- * position): a word changed anywhere changes it. LSTM weights at 19 (H 64) to 46 GB/s (H 256), with
- * keys by multiplication at 7 (Zen 3, AVX2). */
-static __attribute__((unused)) uint64_t hash_words(const uint64_t *word, intptr_t n,
-                                                   uint64_t seed) {
-    const uint64_t odd = 0x9E3779B97F4A7C15u;
-    words acc[HASH_CHAINS], key[HASH_CHAINS];
-    for (int c = 0; c < HASH_CHAINS; c++)
-        for (int l = 0; l < WORDS; l++) {
-            acc[c][l] = seed + (c * WORDS + l) * odd;
-            key[c][l] = 0xC2B2AE3D27D4EB4Fu + (c * WORDS + l) * odd;
-        }
-    intptr_t i = 0;
-    for (; i + HASH_CHAINS * WORDS <= n; i += HASH_CHAINS * WORDS)
-        UNROLL
-        for (int c = 0; c < HASH_CHAINS; c++) {
-            words w;
-            memcpy(&w, word + i + c * WORDS, sizeof w);
-            acc[c] += w + fold(w ^ key[c]);
-            key[c] += HASH_CHAINS * WORDS * odd;
-        }
-    uint64_t h = seed ^ (uint64_t)n;
-    for (; i < n; i++)
-        h = (h ^ word[i]) * 0x9FB21C651E98DF25u, h ^= h >> 29;
-    for (int c = 0; c < HASH_CHAINS; c++)
-        for (int l = 0; l < WORDS; l++)
-            h = (h ^ acc[c][l]) * 0x9FB21C651E98DF25u, h ^= h >> 32;
-    return h;
 }
 
 #endif

@@ -19,6 +19,7 @@ typedef float real;
 typedef int32_t bits;
 #define MANTISSA 23
 #define EXP_MAX 87.0f
+#define EXP_BIAS 127
 #define LOG2E 0x1.715476p+0f
 #define LN2_HI 0x1.62e4p-1f /* 15 bits: n * LN2_HI is exact for |n| < 2^9 */
 #define LN2_LO 0x1.7f7d1cp-20f
@@ -28,6 +29,7 @@ typedef double real;
 typedef int64_t bits;
 #define MANTISSA 52
 #define EXP_MAX 708.0
+#define EXP_BIAS 1023
 #define LOG2E 0x1.71547652b82fep+0
 #define LN2_HI 0x1.62e42fefap-1 /* 35 bits: n * LN2_HI is exact for |n| < 2^18 */
 #define LN2_LO 0x1.cf79abc9e3b39p-40
