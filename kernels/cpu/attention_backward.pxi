@@ -6,8 +6,8 @@
 #
 # S and dP are computed anew, tile by tile, a block of queries against a block of keys; which slab
 # of keys or which head is whose task stands in attention_backward_tasks.pxi.
-# Cost: 2 L S (3 D + 2 DV) FLOP a head, less what is skipped; SLABS times dQ's size, of a
-# thread's head or of all.
+# Cost: 2 L S (3 D + 2 DV) FLOP a head, less what is skipped; a thread's head of dQ again, or SLABS
+# times dQ's size.
 # Source: Dao, arXiv:2307.08691, with the split over keys made fixed.
 
 cdef enum:
@@ -23,10 +23,9 @@ cdef struct Backward:               # one thread's
     const Problem *p
     real *all_parts                 # of dQ, all threads'; NULL: tasks are whole heads
     const int64_t *part_first       # (B,) where b's parts start in them
-    real *own_parts                 # of the thread's head
-    # of the task: (slabs, part_heads, q_len, round_up(D)), heads from first_head on
-    real *parts
-    Py_ssize_t part_heads, first_head
+    real *own_part                  # of the thread's head and slab
+    real *parts                     # of the task: (slabs, NH, q_len, round_up(D)), or own_part
+    Py_ssize_t slab_reals, head_reals   # from a slab's, a head's part to the next; 0: the same
     real *dk                        # (keys of the task, round_up(D))
     real *dv                        # (keys of the task, round_up(DV))
     # panels of a segment, BACK_ROWS rows at a time; header: whether finite
@@ -58,8 +57,7 @@ cdef inline Py_ssize_t slabs(const Problem *p, Py_ssize_t b) noexcept nogil:
 
 cdef inline real *dq_part(const Backward *g, Py_ssize_t b, Py_ssize_t slab, Py_ssize_t h,
                           Py_ssize_t i) noexcept nogil:
-    cdef const Problem *p = g.p
-    return g.parts + ((slab * g.part_heads + h - g.first_head) * p.q_len[b] + i) * round_up(p.D)
+    return g.parts + slab * g.slab_reals + h * g.head_reals + i * round_up(g.p.D)
 
 
 cdef inline bint has_factor(const Problem *p) noexcept nogil:
@@ -70,12 +68,12 @@ cdef inline bint has_factor(const Problem *p) noexcept nogil:
 cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     cdef const Problem *p = g.p
     cdef Py_ssize_t real_bytes = sizeof(real), D = round_up(p.D), DV = round_up(p.DV)
-    cdef Py_ssize_t keys = 0, parts = 0, rows, b
+    cdef Py_ssize_t keys = 0, part = 0, rows, b
     for b in range(p.B):
         keys = max(keys, imin(p.kv_len[b], SEGMENT if g.all_parts == NULL else slab_keys(p, b)))
         if g.all_parts == NULL:
-            parts = max(parts, slabs(p, b) * p.group * p.q_len[b] * D)
-    g.own_parts = <real *>take(arena, parts * real_bytes)
+            part = max(part, p.q_len[b] * D)
+    g.own_part = <real *>take(arena, part * real_bytes)
     rows = ceil_div(imin(SEGMENT, most_of(p.q_len, p.B)), BACK_ROWS) * BACK_ROWS
     g.dk = <real *>take(arena, keys * D * real_bytes)
     g.dv = <real *>take(arena, keys * DV * real_bytes)
@@ -261,14 +259,11 @@ cdef void key_gradients(Backward *g, Py_ssize_t rows, Py_ssize_t segment, Py_ssi
         left -= 1
 
 
-cdef bint meets(const Backward *g, Py_ssize_t segment, Py_ssize_t rows, Py_ssize_t j0,
+cdef inline bint meets(const Backward *g, Py_ssize_t segment, Py_ssize_t rows, Py_ssize_t j0,
                 Py_ssize_t j1) noexcept nogil:
-    """Whether a row of the block attends a key of j0 : j1, as far as limits tell."""
-    cdef Py_ssize_t r
-    for r in range(segment, segment + rows):
-        if max(g.limit[r].lo, j0) < imin(g.limit[r].hi, j1):
-            return True
-    return False
+    """Whether a row of the block attends a key of j0 : j1, as far as limits tell, which never
+    fall."""
+    return g.limit[segment].lo < j1 and g.limit[segment + rows - 1].hi > j0
 
 
 cdef void gradient_block(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t rows,

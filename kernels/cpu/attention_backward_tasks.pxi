@@ -1,9 +1,9 @@
 # Who does which part of the backward pass, and how the parts of dQ are joined.
 #
 # A task is one slab of keys of one key/value head: it owns those rows of dK and dV, and leaves its
-# part of dQ, which are added in the order of the slabs. There are at most SLABS of them and they
-# depend on the number of keys alone: neither threads nor the batch change a sum, and one head keeps
-# SLABS threads busy.
+# part of dQ, of the queries that may attend its keys. Parts are added in the order of the slabs.
+# There are at most SLABS of them and they depend on the number of keys alone: neither threads nor
+# the batch change a sum, and one head keeps SLABS threads busy.
 # Where there are heads enough, a task is a whole head: q and dO are packed once for all its slabs.
 
 cdef bint backward_by_heads(const Problem *p, int threads) noexcept nogil:
@@ -18,12 +18,48 @@ cdef bint backward_by_heads(const Problem *p, int threads) noexcept nogil:
     return heads % threads == 0 or heads >= 8 * threads
 
 
-cdef void find_parts(Backward *g, Py_ssize_t b, Py_ssize_t hk) noexcept nogil:
-    """Where the parts of dQ of key/value head hk are."""
-    if g.all_parts == NULL:
-        g.parts, g.part_heads, g.first_head = g.own_parts, g.p.group, hk * g.p.group
-    else:
-        g.parts, g.part_heads, g.first_head = g.all_parts + g.part_first[b], g.p.NH, 0
+cdef void find_parts(Backward *g, Py_ssize_t b) noexcept nogil:
+    """Where the parts of dQ of sequence b are."""
+    g.parts, g.slab_reals, g.head_reals = g.own_part, 0, 0
+    if g.all_parts != NULL:
+        g.parts, g.head_reals = g.all_parts + g.part_first[b], g.p.q_len[b] * round_up(g.p.D)
+        g.slab_reals = g.p.NH * g.head_reals
+
+
+cdef Limits slab_queries(const Problem *p, Py_ssize_t b, Py_ssize_t slab) noexcept nogil:
+    """Queries lo : hi hold every block with a query that may attend a key of the slab."""
+    cdef Py_ssize_t k0 = slab * slab_keys(p, b), k1 = k0 + slab_keys(p, b), lo, hi
+    cdef Limits at
+    at.lo, at.hi = 0, p.q_len[b]
+    while at.lo < at.hi:
+        limits(p, b, at.lo, &lo, &hi)
+        if max(lo, k0) < imin(hi, k1):
+            break
+        at.lo += 1
+    while at.lo < at.hi:
+        limits(p, b, at.hi - 1, &lo, &hi)
+        if max(lo, k0) < imin(hi, k1):
+            break
+        at.hi -= 1
+    at.lo, at.hi = max(0, at.lo - BACK_ROWS + 1), imin(p.q_len[b], at.hi + BACK_ROWS - 1)
+    return at
+
+
+cdef void start_slab(const Backward *g, Py_ssize_t b, Py_ssize_t h,
+                     Py_ssize_t slab) noexcept nogil:
+    cdef Limits at = slab_queries(g.p, b, slab)
+    memset(dq_part(g, b, slab, h, at.lo), 0, (at.hi - at.lo) * round_up(g.p.D) * sizeof(real))
+
+
+cdef void add_slab(const Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t slab) noexcept nogil:
+    """dQ of one head gets its part of the slab: for the sum's fixed order, ascending."""
+    cdef const Problem *p = g.p
+    cdef Limits at = slab_queries(p, b, slab)
+    cdef Py_ssize_t i
+    for i in range(p.q_len[b] if slab == 0 else 0):
+        memset(of_query(p, &p.dq, b, h, i), 0, p.D * sizeof(real))
+    for i in range(at.lo, at.hi):
+        add_row(of_query(p, &p.dq, b, h, i), dq_part(g, b, slab, h, i), p.D)
 
 
 cdef void backward_task(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t slab0,
@@ -33,33 +69,23 @@ cdef void backward_task(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t sla
     cdef Py_ssize_t k0 = slab0 * slab_keys(p, b), k1 = imin(slab1 * slab_keys(p, b), p.kv_len[b])
     cdef Py_ssize_t L = p.q_len[b]
     cdef Py_ssize_t D = round_up(p.D), DV = round_up(p.DV), h, i, slab, j
-    find_parts(g, b, hk)
+    find_parts(g, b)
     memset(g.dk, 0, (k1 - k0) * D * sizeof(real))
     memset(g.dv, 0, (k1 - k0) * DV * sizeof(real))
     for h in range(hk * p.group, (hk + 1) * p.group):
-        for slab in range(slab0, slab1):
-            memset(dq_part(g, b, slab, h, 0), 0, L * D * sizeof(real))
         i = 0
         while i < L:
             pack_segment(g, b, h, i, imin(SEGMENT, L - i))
             for slab in range(slab0, slab1):
+                if i == 0:
+                    start_slab(g, b, h, slab)
                 backward_segment(g, b, h, i, imin(SEGMENT, L - i), slab, k0)
+                if g.all_parts == NULL:
+                    add_slab(g, b, h, slab)
             i += SEGMENT
     for j in range(k0, k1):
         memcpy(of_key(p, &p.dk, b, hk, j), g.dk + (j - k0) * D, p.D * sizeof(real))
         memcpy(of_key(p, &p.dv, b, hk, j), g.dv + (j - k0) * DV, p.DV * sizeof(real))
-
-
-cdef void join_slabs(const Backward *g, Py_ssize_t b, Py_ssize_t h) noexcept nogil:
-    """dQ of one head: its parts in the order of the slabs."""
-    cdef const Problem *p = g.p
-    cdef Py_ssize_t i, slab
-    cdef real *dq
-    for i in range(p.q_len[b]):
-        dq = of_query(p, &p.dq, b, h, i)
-        memcpy(dq, dq_part(g, b, 0, h, i), p.D * sizeof(real))
-        for slab in range(1, slabs(p, b)):
-            add_row(dq, dq_part(g, b, slab, h, i), p.D)
 
 
 # what a task spans: bias gradients that several would add to are one task's
@@ -89,7 +115,7 @@ cdef void backward_slabs(Backward *g, Barrier *barrier, int rank, int size,
     first slab is the longest."""
     cdef const Problem *p = g.p
     cdef Split s = split_of(p)
-    cdef Py_ssize_t b, hk, slab, b0, h0, s0, n
+    cdef Py_ssize_t b, hk, h, slab, b0, h0, s0, n
     cdef int64_t task = next_task(counter)
     while task < s.batches * s.heads * s.slabs:
         s0, b0, h0 = task // (s.batches * s.heads), task // s.heads % s.batches, task % s.heads
@@ -107,18 +133,18 @@ cdef void backward_slabs(Backward *g, Barrier *barrier, int rank, int size,
     barrier_wait(barrier, size)
     n = rank
     while n < p.B * p.NH:
-        find_parts(g, n // p.NH, n % p.NH // p.group)
-        join_slabs(g, n // p.NH, n % p.NH)
+        b, h = n // p.NH, n % p.NH
+        find_parts(g, b)
+        for slab in range(slabs(p, b)):
+            add_slab(g, b, h, slab)
         n += size
 
 
 cdef void backward_heads(Backward *g, int64_t *counter) noexcept nogil:
     cdef const Problem *p = g.p
-    cdef Py_ssize_t b, hk, h
+    cdef Py_ssize_t b
     cdef int64_t task = next_task(counter)
     while task < p.B * p.NK:
-        b, hk = task // p.NK, task % p.NK
-        backward_task(g, b, hk, 0, slabs(p, b))
-        for h in range(hk * p.group, (hk + 1) * p.group):
-            join_slabs(g, b, h)
+        b = task // p.NK
+        backward_task(g, b, task % p.NK, 0, slabs(p, b))
         task = next_task(counter)
