@@ -220,6 +220,10 @@ cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, 
                       dq)
 
 
+cdef inline bint attends(const Limits *at, Py_ssize_t j0, Py_ssize_t j1) noexcept nogil:
+    return max(at.lo, j0) < imin(at.hi, j1)
+
+
 cdef void key_gradients(Backward *g, Py_ssize_t rows, Py_ssize_t segment, Py_ssize_t slab_key,
                         Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
     """dV += P' dO and dK += dS' Q for the block of keys j0 : j0 + n, which starts at
@@ -235,10 +239,11 @@ cdef void key_gradients(Backward *g, Py_ssize_t rows, Py_ssize_t segment, Py_ssi
     cdef real *dv[TILE_ROWS]
     while left > 0:
         keys = ceil_div(n - j, left)
-        first, end = rows, 0        # the rows that attend a key of the tile
-        for r in range(rows):
-            if g.at[r].lo < imin(g.at[r].hi, j0 + j + keys) and g.at[r].hi > j0 + j:
-                first, end = imin(first, r), r + 1
+        first, end = 0, rows        # the rows that attend a key of the tile
+        while first < end and not attends(&g.at[first], j0 + j, j0 + j + keys):
+            first += 1
+        while first < end and not attends(&g.at[end - 1], j0 + j, j0 + j + keys):
+            end -= 1
         for r in range(keys):
             dk[r], dv[r] = g.dk + (slab_key + j + r) * D, g.dv + (slab_key + j + r) * DV
         w, ds = g.weights + j, g.ds + j

@@ -28,17 +28,17 @@ cdef void find_parts(Backward *g, Py_ssize_t b) noexcept nogil:
 
 cdef Limits slab_queries(const Problem *p, Py_ssize_t b, Py_ssize_t slab) noexcept nogil:
     """Queries lo : hi hold every block with a query that may attend a key of the slab."""
-    cdef Py_ssize_t k0 = slab * slab_keys(p, b), k1 = k0 + slab_keys(p, b), lo, hi
-    cdef Limits at
+    cdef Py_ssize_t k0 = slab * slab_keys(p, b), k1 = k0 + slab_keys(p, b)
+    cdef Limits at, keys
     at.lo, at.hi = 0, p.q_len[b]
     while at.lo < at.hi:
-        limits(p, b, at.lo, &lo, &hi)
-        if max(lo, k0) < imin(hi, k1):
+        limits(p, b, at.lo, &keys.lo, &keys.hi)
+        if attends(&keys, k0, k1):
             break
         at.lo += 1
     while at.lo < at.hi:
-        limits(p, b, at.hi - 1, &lo, &hi)
-        if max(lo, k0) < imin(hi, k1):
+        limits(p, b, at.hi - 1, &keys.lo, &keys.hi)
+        if attends(&keys, k0, k1):
             break
         at.hi -= 1
     at.lo, at.hi = max(0, at.lo - BACK_ROWS + 1), imin(p.q_len[b], at.hi + BACK_ROWS - 1)
