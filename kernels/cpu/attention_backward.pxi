@@ -265,7 +265,7 @@ cdef void key_gradients(Backward *g, Py_ssize_t rows, Py_ssize_t segment, Py_ssi
 
 
 cdef inline bint meets(const Backward *g, Py_ssize_t segment, Py_ssize_t rows, Py_ssize_t j0,
-                Py_ssize_t j1) noexcept nogil:
+                       Py_ssize_t j1) noexcept nogil:
     """Whether a row of the block attends a key of j0 : j1, as far as limits tell, which never
     fall."""
     return g.limit[segment].lo < j1 and g.limit[segment + rows - 1].hi > j0
