@@ -4,7 +4,8 @@ A round times every contender once; the next round goes through them in the oppo
 each timed batch the process rests and makes one untimed call: the idle threads of the contender
 before (OpenMP, ONNX Runtime, XLA) spin for some milliseconds and would slow whoever comes next
 (torch's LSTM was measured at 31 ms instead of 16 ms right after an ONNX Runtime call).
-Ratios are taken within a round and the median over the rounds is kept.
+Ratios are taken within a round and the median over the rounds is kept. Freed memory stays with the
+process, as in one that has been training for a while.
 """
 
 import gc
@@ -14,8 +15,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 REST_S = 0.005
 BATCH_S = 0.004  # a timed batch lasts at least this long: 1000 x the clock's resolution and more
+LARGE_BYTES = 31 << 20  # just below the largest block that glibc learns from
 OWN_WARM_UP_S = 0.1  # a call of this length is its own warm-up: rest and caches are below 5 %
 
 FEWEST_ROUNDS = 3
@@ -40,6 +44,7 @@ Times = dict[str, list[float]]  # contender -> seconds per call, one entry a rou
 
 def interleave(calls: Mapping[str, Callable[[], object]], effort: Effort) -> Times:
     """Seconds per call of every contender, one sample a round."""
+    keep_freed_memory()
     single = {name: estimate(call) for name, call in calls.items()}
     batch = {name: max(1, math.ceil(BATCH_S / single[name])) for name in calls}
     round_s = sum(_sample_cost(single[name], batch[name]) for name in calls)
@@ -58,6 +63,16 @@ def interleave(calls: Mapping[str, Callable[[], object]], effort: Effort) -> Tim
     finally:
         gc.enable()
     return times
+
+
+def keep_freed_memory() -> None:
+    """Let glibc free a large block: it then keeps up to twice as much for the allocations to come.
+
+    Before that it gives results of 128 KiB and more back to the system, or not, by what the process
+    did earlier. A linear recurrence of 65536 steps took 2 threads as long as one with those page
+    faults, and 0.76 times as long without (training, Zen 3).
+    """
+    np.empty(LARGE_BYTES, np.uint8)
 
 
 def estimate(call: Callable[[], object]) -> float:

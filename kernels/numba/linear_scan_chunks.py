@@ -18,7 +18,7 @@ from fastseq.kernels.numba import native
 from fastseq.kernels.numba.native import OPTIONS, at, stack, take
 from numba import carray, njit
 
-CHUNK = 512  # about so many steps: 15 groups of lanes for the threads at T = 65536
+CHUNK = 512  # about so many steps: 14 groups of lanes for the threads at T = 65536
 LANES, FOLD_LANES = 8, 4
 
 _NUMBERS = ("T", "B", "C", "itemsize", "chunk", "chunks", "ends", "products", "states", "wild")
@@ -193,10 +193,12 @@ def _kernels(itemsize):
 def _cut(T):
     """Steps of a chunk, and how many: whole groups of lanes, where time ends they are shorter.
 
-    Lanes near a multiple of 128 steps apart would share few sets of the L1 cache.
+    An even number of groups if one fits, so that two threads get the same. Lanes near a multiple
+    of 128 steps apart would share few sets of the L1 cache.
     """
     wanted = T // (LANES * CHUNK)
-    for groups in sorted(range(max(wanted - 8, 1), wanted + 9), key=lambda g: abs(g - wanted)):
+    near = range(max(wanted - 8, 1), wanted + 9)
+    for groups in sorted(near, key=lambda g: (g % 2, abs(g - wanted))):
         chunk = -(-T // (LANES * groups))
         if 16 <= chunk % 128 <= 112:
             return chunk, LANES * groups
