@@ -26,20 +26,21 @@ cdef void find_parts(Backward *g, Py_ssize_t b) noexcept nogil:
         g.slab_reals = g.p.NH * g.head_reals
 
 
+cdef inline bint may_attend(const Problem *p, Py_ssize_t b, Py_ssize_t i, Py_ssize_t j0,
+                            Py_ssize_t j1) noexcept nogil:
+    cdef Limits keys
+    limits(p, b, i, &keys.lo, &keys.hi)
+    return attends(&keys, j0, j1)
+
+
 cdef Limits slab_queries(const Problem *p, Py_ssize_t b, Py_ssize_t slab) noexcept nogil:
     """Queries lo : hi hold every block with a query that may attend a key of the slab."""
     cdef Py_ssize_t k0 = slab * slab_keys(p, b), k1 = k0 + slab_keys(p, b)
-    cdef Limits at, keys
+    cdef Limits at
     at.lo, at.hi = 0, p.q_len[b]
-    while at.lo < at.hi:
-        limits(p, b, at.lo, &keys.lo, &keys.hi)
-        if attends(&keys, k0, k1):
-            break
+    while at.lo < at.hi and not may_attend(p, b, at.lo, k0, k1):
         at.lo += 1
-    while at.lo < at.hi:
-        limits(p, b, at.hi - 1, &keys.lo, &keys.hi)
-        if attends(&keys, k0, k1):
-            break
+    while at.lo < at.hi and not may_attend(p, b, at.hi - 1, k0, k1):
         at.hi -= 1
     at.lo, at.hi = max(0, at.lo - BACK_ROWS + 1), imin(p.q_len[b], at.hi + BACK_ROWS - 1)
     return at
@@ -47,17 +48,19 @@ cdef Limits slab_queries(const Problem *p, Py_ssize_t b, Py_ssize_t slab) noexce
 
 cdef void start_slab(const Backward *g, Py_ssize_t b, Py_ssize_t h,
                      Py_ssize_t slab) noexcept nogil:
+    """Zeros where a block of the slab will add."""
     cdef Limits at = slab_queries(g.p, b, slab)
     memset(dq_part(g, b, slab, h, at.lo), 0, (at.hi - at.lo) * round_up(g.p.D) * sizeof(real))
 
 
 cdef void add_slab(const Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t slab) noexcept nogil:
-    """dQ of one head gets its part of the slab: for the sum's fixed order, ascending."""
+    """A slab's part onto dQ of one head, which slab 0 starts; called in the order of the slabs."""
     cdef const Problem *p = g.p
     cdef Limits at = slab_queries(p, b, slab)
     cdef Py_ssize_t i
-    for i in range(p.q_len[b] if slab == 0 else 0):
-        memset(of_query(p, &p.dq, b, h, i), 0, p.D * sizeof(real))
+    if slab == 0:
+        for i in range(p.q_len[b]):
+            memset(of_query(p, &p.dq, b, h, i), 0, p.D * sizeof(real))
     for i in range(at.lo, at.hi):
         add_row(of_query(p, &p.dq, b, h, i), dq_part(g, b, slab, h, i), p.D)
 

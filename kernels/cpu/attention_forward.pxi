@@ -15,8 +15,8 @@ cdef enum:
     QUERY_ROWS = 48
     SCORE_ROW = KEY_BLOCK + 16      # off powers of two
     # heads are packed together up to this size, two of L 2048, D 128. With 4 MiB, one, they took
-    # 1.02 to 1.05 times as long; with 8 MiB, which every call has anew from the system, a window
-    # at L 2048 1.1 times (Zen 3)
+    # 1.02 to 1.05 times as long; with 8 MiB, which a young process has anew at every call, a
+    # window at L 2048 1.1 times (Zen 3)
     PACK_BYTES = 4718592
     # a head of so few blocks is one task, and packed by the thread that runs it
     FEW_BLOCKS = 4

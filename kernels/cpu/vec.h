@@ -103,6 +103,7 @@ INLINE real sum_lanes(vec v) {
 #endif
 #endif
 
+/* b where one of them is NaN */
 INLINE vec max_(vec a, vec b) {
 #if defined(__x86_64__)
     return INTRINSIC(max)(a, b);
@@ -175,7 +176,7 @@ INLINE vec expm1_reduced(vec x, vec *scale) {
 /* e^x for x <= 0, a weight of the softmax: 1 at 0, exactly 0 below -EXP_MAX - 1, NaN stays. With
  * x log2 e = n + r, |r| <= 1/2, it is 2^n (1 + r q(r)), and n = -EXP_BIAS makes 2^n zero. Error
  * 1.3e-7 (float64 1.3e-16) of the largest weight, which is 1, and 2.5 ULP down to x = -1; log2 e is
- * in one piece, so that small weights have more ULP. With expm1_reduced, which keeps every ULP,
+ * in one piece, so that small weights have more ULP. With expm1_reduced, which spares them that,
  * attention forward took 1.03 times as long (Zen 3, AVX2). */
 INLINE vec exp_nonpositive(vec x) {
     const real magic = ROUND_MAGIC + EXP_BIAS;
