@@ -30,11 +30,15 @@ FLAGS += [
 ]
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # level -> (vector bytes, flags): the flags are what kernels/cpu/features.pyx asks the CPU for
 LEVELS = {"baseline": (16, [])}
+# of float32 attention alone; all else at this level is that of avx512
+AMX_LEVEL = {}
 if X86:
     LEVELS["avx2"] = (32, AVX2)
-    LEVELS["avx512"] = (64, [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"])
+    LEVELS["avx512"] = (64, AVX512)
+    AMX_LEVEL["amx"] = (64, [*AVX512, "-mamx-tile", "-mamx-bf16"])
 
 
 class BuildPerVariant(build_ext):
@@ -56,30 +60,35 @@ def c_source(stem: str) -> str:
     return cythonize([module], build_dir="build")[0].sources[0]
 
 
-def variants(stem: str) -> list[Extension]:
+def variants(stem: str, levels: dict[str, tuple[int, list[str]]], *bits: int) -> list[Extension]:
     """`<stem>_<level>_f<bits>` for every level and dtype, e.g. recurrent_avx512_f32."""
     source = c_source(stem)
     return [
         Extension(
-            f"fastseq.kernels.cpu.{stem}_{level}_f{bits}",
+            f"fastseq.kernels.cpu.{stem}_{level}_f{width}",
             [source],
             depends=HEADERS,
             include_dirs=[str(CPU)],
             define_macros=[
-                ("VBYTES", str(width)),
-                ("REAL_BITS", str(bits)),
-                (f"PyInit_{stem}", f"PyInit_{stem}_{level}_f{bits}"),
+                ("VBYTES", str(vector_bytes)),
+                ("REAL_BITS", str(width)),
+                (f"PyInit_{stem}", f"PyInit_{stem}_{level}_f{width}"),
             ],
             extra_compile_args=FLAGS + isa,
             libraries=["dl", "m"],
         )
-        for level, (width, isa) in LEVELS.items()
-        for bits in (32, 64)
+        for level, (vector_bytes, isa) in levels.items()
+        for width in bits
     ]
 
 
 features = Extension("fastseq.kernels.cpu.features", [c_source("features")])
 setup(
-    ext_modules=[features, *variants("recurrent"), *variants("attention")],
+    ext_modules=[
+        features,
+        *variants("recurrent", LEVELS, 32, 64),
+        *variants("attention", LEVELS, 32, 64),
+        *variants("attention", AMX_LEVEL, 32),
+    ],
     cmdclass={"build_ext": BuildPerVariant},
 )

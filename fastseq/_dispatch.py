@@ -14,14 +14,17 @@ import numpy as np
 
 from fastseq.kernels.cpu import features
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "amx")
 
 
 @cache
 def level() -> tuple[str, str]:
-    """The ISA level in use and why: the best this CPU has, capped by FASTSEQ_CPU."""
+    """The ISA level in use and why: the best this CPU has, or FASTSEQ_CPU.
+
+    AMX is used only where FASTSEQ_CPU asks for it: short sequences lose with it.
+    """
     available = features.supported()
-    best = available[-1]
+    best = [name for name in available if name != "amx"][-1]
     wanted = os.environ.get("FASTSEQ_CPU")
     if not wanted:
         return best, f"the best of {' '.join(available)} that this CPU and OS support"
@@ -29,13 +32,19 @@ def level() -> tuple[str, str]:
         raise ValueError(f"FASTSEQ_CPU must be one of {' '.join(LEVELS)}, got {wanted!r}")
     if wanted not in available:
         raise ValueError(f"FASTSEQ_CPU={wanted}: this machine supports only {' '.join(available)}")
+    if wanted == "amx" and not features.request_tiles():
+        raise ValueError("FASTSEQ_CPU=amx: the operating system refuses this process AMX's tiles")
     return wanted, f"FASTSEQ_CPU={wanted} (best here: {best})"
 
 
 @cache
 def kernels(stem: str, dtype: np.dtype) -> ModuleType:
-    """The kernels of one family for float32 or float64 at the level in use."""
-    return importlib.import_module(f"fastseq.kernels.cpu.{stem}_{level()[0]}_f{8 * dtype.itemsize}")
+    """The kernels of one family for float32 or float64 at the level in use; of AMX there is
+    float32 attention, all else there is avx512's."""
+    chosen = level()[0]
+    if chosen == "amx" and (stem, dtype) != ("attention", np.float32):
+        chosen = "avx512"
+    return importlib.import_module(f"fastseq.kernels.cpu.{stem}_{chosen}_f{8 * dtype.itemsize}")
 
 
 @cache

@@ -1,9 +1,11 @@
 """Which kernels run and on how many threads: what is forced is what runs, and is told truly."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +23,10 @@ import fastseq
 from fastseq import _dispatch
 
 LEVELS = features.supported()
+BEST = [name for name in LEVELS if name != "amx"][-1]
 DTYPES = ("float32", "float64")
 STEMS = ("recurrent", "attention")
-REGISTER_BYTES = {"baseline": 16, "avx2": 32, "avx512": 64}
+REGISTER_BYTES = {"baseline": 16, "avx2": 32, "avx512": 64, "amx": 64}
 HEAVY = {"torch", "numba", "triton", "jax", "onnxruntime", "openvino", "matplotlib", "rich"}
 FLAGS = ({}, {"ragged": True, "resets": True, "reverse": True})
 PROBLEMS = [
@@ -73,7 +76,11 @@ def test_forced_level_runs_and_is_right(level, tmp_path):
     """Only its modules are loaded, they are of its width, and their results are the reference's."""
     loaded = json.loads(python(SOLVE, tmp_path / "found", env={"FASTSEQ_CPU": level}))
     lanes = {bits: REGISTER_BYTES[level] * 8 // bits for bits in (32, 64)}
-    assert loaded == {f"{stem}_{level}_f{bits}": n for stem in STEMS for bits, n in lanes.items()}
+    below = "avx512" if level == "amx" else level
+    expected = {f"{stem}_{below}_f{bits}": n for stem in STEMS for bits, n in lanes.items()}
+    if level == "amx":
+        expected["attention_amx_f32"] = expected.pop("attention_avx512_f32")
+    assert loaded == expected
     found = np.load(tmp_path / "found.npz")
     for problem in PROBLEMS:
         ref, peer = module_of(problem).judge(problem)
@@ -83,10 +90,31 @@ def test_forced_level_runs_and_is_right(level, tmp_path):
             assert_all_close(ours, expected, room, grad=part == "grads")
 
 
+@pytest.mark.skipif("amx" not in LEVELS, reason="needs a CPU with AMX")
+@pytest.mark.parametrize("file", ["test_attention", "test_attention_bits", "test_attention_masked"])
+def test_amx_passes_attentions_tests(file):
+    """No other test runs this level."""
+    path = Path(__file__).with_name(f"{file}.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    env = os.environ | {"FASTSEQ_CPU": "amx"}
+    done = subprocess.run([*command, "-k", "not f64"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_amx_that_the_system_refuses_raises(monkeypatch):
+    monkeypatch.setattr(features, "supported", lambda: ["baseline", "amx"])
+    monkeypatch.setattr(features, "request_tiles", lambda: False)
+    monkeypatch.setenv("FASTSEQ_CPU", "amx")
+    with pytest.raises(ValueError, match=r"^FASTSEQ_CPU=amx: the operating system refuses"):
+        _dispatch.level.__wrapped__()
+    monkeypatch.delenv("FASTSEQ_CPU")
+    assert _dispatch.level.__wrapped__()[0] == "baseline"
+
+
 def test_best_level_runs_unless_told(monkeypatch):
     monkeypatch.delenv("FASTSEQ_CPU", raising=False)
     level, why = _dispatch.level.__wrapped__()
-    assert level == LEVELS[-1] and "the best of" in why
+    assert level == BEST and "the best of" in why
     monkeypatch.setenv("FASTSEQ_CPU", "baseline")
     level, why = _dispatch.level.__wrapped__()
     assert level == "baseline" and "FASTSEQ_CPU=baseline" in why
@@ -99,7 +127,7 @@ def test_unknown_or_unsupported_level_raises(monkeypatch):
     with pytest.raises(ValueError, match=message):
         _dispatch.level.__wrapped__()
     monkeypatch.setenv("FASTSEQ_CPU", "sse9")
-    message = "^FASTSEQ_CPU must be one of baseline avx2 avx512, got 'sse9'$"
+    message = "^FASTSEQ_CPU must be one of baseline avx2 avx512 amx, got 'sse9'$"
     with pytest.raises(ValueError, match=message):
         _dispatch.level.__wrapped__()
 
@@ -268,8 +296,8 @@ assert not HEAVY & set(sys.modules)
 
 def test_info_needs_only_numpy():
     found = json.loads(python(NUMPY_ONLY, "info", "--json", env={"FASTSEQ_NUM_THREADS": "1"}))
-    assert found["level"]["used"] == LEVELS[-1]
-    assert found["level"]["register_bits"] == REGISTER_BYTES[LEVELS[-1]] * 8
+    assert found["level"]["used"] == BEST
+    assert found["level"]["register_bits"] == REGISTER_BYTES[BEST] * 8
     assert found["threads"]["used"] == 1 and "FASTSEQ_NUM_THREADS" in found["threads"]["why"]
     assert found["numpy"] == np.__version__
     assert found["gpu"] == {"used": False, "why": "torch is not installed", "devices": []}

@@ -13,16 +13,25 @@ include "base.pxi"
 
 cdef extern from "attention.h" nogil:
     enum:
-        PANEL, TILE_ROWS, KEY_BLOCK, DECODE_ROWS
+        TILE_ROWS, KEY_BLOCK, QUERY_ROWS, DECODE_ROWS, FINITE_ONLY, SUMS_TURNED
     Py_ssize_t round_up(Py_ssize_t n)
-    void panels(int rows, int turned, const real **a, Py_ssize_t lda, Py_ssize_t k0, Py_ssize_t k1,
-                const real *w, Py_ssize_t K, Py_ssize_t N, Py_ssize_t n0, Py_ssize_t n1,
-                const real *init, real **c)
-    void panels_sparse(int rows, int turned, const real **a, Py_ssize_t lda, Py_ssize_t k0,
-                       Py_ssize_t k1, const real *w, Py_ssize_t K, Py_ssize_t N, real **c)
+    Py_ssize_t panel_reals(Py_ssize_t K, Py_ssize_t N)
+    Py_ssize_t tile_height(Py_ssize_t n)
+    void panels_begin()
+    void panels_end()
+    void panels(int rows, const real **a, Py_ssize_t k0, Py_ssize_t k1, const real *w,
+                Py_ssize_t K, Py_ssize_t N, Py_ssize_t n0, Py_ssize_t n1, bint add, real **c)
+    void panels_turned(int rows, const real *a, Py_ssize_t lda, Py_ssize_t k0, Py_ssize_t k1,
+                       const real *w, Py_ssize_t K, Py_ssize_t N, real *c, Py_ssize_t ldc)
     bint pack_panels(const real *src, Py_ssize_t ld, Py_ssize_t K, Py_ssize_t N, real scale,
                      real *dst)
-    void pack_keys(const real *src, Py_ssize_t ld, Py_ssize_t keys, Py_ssize_t D, real *dst)
+    bint pack_turned(const real *src, Py_ssize_t ld, Py_ssize_t K, Py_ssize_t N, real scale,
+                     real *dst)
+    bint pack_keys(const real *src, Py_ssize_t ld, Py_ssize_t keys, Py_ssize_t D, real *dst)
+    Py_ssize_t turned_reals(Py_ssize_t K, Py_ssize_t N)
+    Py_ssize_t sums_ld(Py_ssize_t rows, Py_ssize_t N)
+    Py_ssize_t sums_reals(Py_ssize_t rows, Py_ssize_t N)
+    void copy_sums(const real *sums, Py_ssize_t rows, Py_ssize_t N, real *dst, Py_ssize_t ld)
     enum:
         MOD_KEYS
     ctypedef struct ScoreTile:
@@ -67,8 +76,8 @@ cdef extern from "attention.h" nogil:
               Py_ssize_t D, real **s)
     void weigh(Py_ssize_t rows, const real **p, const real *v, Py_ssize_t ld, Py_ssize_t n,
                Py_ssize_t DV, real **o)
-    void weigh_sparse(const real *p, const real *v, Py_ssize_t ld, Py_ssize_t n, Py_ssize_t DV,
-                      real *o)
+    void weigh_sparse(const real *p, Py_ssize_t p_j, const real *v, Py_ssize_t ld, Py_ssize_t n,
+                      real scale, Py_ssize_t DV, real *o, Py_ssize_t o_d)
     bint all_finite(const real *c, Py_ssize_t n)
 
 

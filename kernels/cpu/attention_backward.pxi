@@ -12,9 +12,8 @@
 
 cdef enum:
     SLABS = 4
-    # queries of a block: whole tiles of 6, as BACK_KEYS are, and of all panels
-    BACK_ROWS = 48
-    BACK_KEYS = 192
+    BACK_ROWS = QUERY_ROWS
+    BACK_KEYS = 192                 # whole tiles, and of all panels
     BACK_STRIDE = BACK_KEYS + 16    # of a row of scores, off powers of two
     SEGMENT = 2048                  # queries packed at once
 
@@ -26,9 +25,11 @@ cdef struct Backward:               # one thread's
     real *own_part                  # of the thread's head and slab
     real *parts                     # of the task: (slabs, NH, q_len, round_up(D)), or own_part
     Py_ssize_t slab_reals, head_reals   # from a slab's, a head's part to the next; 0: the same
-    real *dk                        # (keys of the task, round_up(D))
-    real *dv                        # (keys of the task, round_up(DV))
-    # panels of a segment, BACK_ROWS rows at a time; header: whether finite
+    Py_ssize_t keys                 # of the task
+    real *dk                        # sums of (keys, D), of panels_turned
+    real *dv                        # and of (keys, DV)
+    # of pack_turned, a segment, BACK_ROWS rows at a time; header: whether finite
+    Py_ssize_t header, q_block, do_block
     real *q_pack
     real *do_pack
     # (SEGMENT, round_up(D)), scaled as forward's: the same bits of the scores
@@ -36,13 +37,12 @@ cdef struct Backward:               # one thread's
     real *k_pack                    # K' panels [D][keys]
     real *v_pack                    # V' panels [DV][keys]
     real *k_rows                    # panels [keys][D], scaled
-    bint k_finite
+    bint k_finite, keys_packed      # whether panels may have k_rows, k_pack
     real *delta                     # SEGMENT
     Limits *limit                   # SEGMENT
     real *weights                   # (BACK_ROWS, BACK_STRIDE): P
     real *ds                        # dP, then dS
     real *factor                    # of the softcap and the user's function of the scores
-    real *zero                      # PANEL
     Limits at[BACK_ROWS]
     RowOptions options[BACK_ROWS]
 
@@ -67,7 +67,7 @@ cdef inline bint has_factor(const Problem *p) noexcept nogil:
 
 cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     cdef const Problem *p = g.p
-    cdef Py_ssize_t real_bytes = sizeof(real), D = round_up(p.D), DV = round_up(p.DV)
+    cdef Py_ssize_t real_bytes = sizeof(real), D = round_up(p.D)
     cdef Py_ssize_t keys = 0, part = 0, rows, b
     for b in range(p.B):
         keys = max(keys, imin(p.kv_len[b], SEGMENT if g.all_parts == NULL else slab_keys(p, b)))
@@ -75,40 +75,41 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
             part = max(part, p.q_len[b] * D)
     g.own_part = <real *>take(arena, part * real_bytes)
     rows = ceil_div(imin(SEGMENT, most_of(p.q_len, p.B)), BACK_ROWS) * BACK_ROWS
-    g.dk = <real *>take(arena, keys * D * real_bytes)
-    g.dv = <real *>take(arena, keys * DV * real_bytes)
-    g.q_pack = <real *>take(arena, rows * (D + 1) * real_bytes)
-    g.do_pack = <real *>take(arena, rows * (DV + 1) * real_bytes)
+    g.dk = <real *>take(arena, sums_reals(keys, p.D) * real_bytes)
+    g.dv = <real *>take(arena, sums_reals(keys, p.DV) * real_bytes)
+    g.header = 64 // real_bytes
+    g.q_block = g.header + turned_reals(BACK_ROWS, p.D)
+    g.do_block = g.header + turned_reals(BACK_ROWS, p.DV)
+    g.q_pack = <real *>take(arena, rows // BACK_ROWS * g.q_block * real_bytes)
+    g.do_pack = <real *>take(arena, rows // BACK_ROWS * g.do_block * real_bytes)
     g.q_rows = <real *>take(arena, rows * D * real_bytes)
-    g.k_pack = <real *>take(arena, BACK_KEYS * D * real_bytes)
-    g.v_pack = <real *>take(arena, BACK_KEYS * DV * real_bytes)
-    g.k_rows = <real *>take(arena, BACK_KEYS * D * real_bytes)
+    g.k_pack = <real *>take(arena, panel_reals(p.D, BACK_KEYS) * real_bytes)
+    g.v_pack = <real *>take(arena, panel_reals(p.DV, BACK_KEYS) * real_bytes)
+    g.k_rows = <real *>take(arena, panel_reals(BACK_KEYS, p.D) * real_bytes)
     g.delta = <real *>take(arena, rows * real_bytes)
     g.limit = <Limits *>take(arena, rows * sizeof(Limits))
     g.weights = <real *>take(arena, BACK_ROWS * BACK_STRIDE * real_bytes)
     g.ds = <real *>take(arena, BACK_ROWS * BACK_STRIDE * real_bytes)
     g.factor = <real *>take(arena, (BACK_ROWS * BACK_STRIDE if has_factor(p) else 0) * real_bytes)
-    g.zero = <real *>take(arena, PANEL * real_bytes)
 
 
 cdef void pack_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0,
                        Py_ssize_t n) noexcept nogil:
-    """q and dO of queries i0 : i0 + n as panels, their delta and limits."""
+    """q and dO of queries i0 : i0 + n packed, their delta and limits."""
     cdef const Problem *p = g.p
     cdef Py_ssize_t block, i, r, rows
     cdef real *to
     for block in range(ceil_div(n, BACK_ROWS)):
         i = block * BACK_ROWS
         rows = imin(BACK_ROWS, n - i)
-        to = g.q_pack + i * (round_up(p.D) + 1)
-        to[0] = pack_panels(of_query(p, &p.q, b, h, i0 + i), p.q.i, rows, p.D, p.scale,
-                            to + BACK_ROWS)
-        to = g.do_pack + i * (round_up(p.DV) + 1)
-        to[0] = pack_panels(of_query(p, &p.d_o, b, h, i0 + i), p.d_o.i, rows, p.DV, 1,
-                            to + BACK_ROWS)
+        to = g.q_pack + block * g.q_block
+        to[0] = pack_turned(of_query(p, &p.q, b, h, i0 + i), p.q.i, rows, p.D, p.scale,
+                            to + g.header)
+        to = g.do_pack + block * g.do_block
+        to[0] = pack_turned(of_query(p, &p.d_o, b, h, i0 + i), p.d_o.i, rows, p.DV, 1,
+                            to + g.header)
     for r in range(n):
-        memset(g.q_rows + (r + 1) * round_up(p.D) - VL, 0, VL * sizeof(real))
-        copy_scaled(g.q_rows + r * round_up(p.D), of_query(p, &p.q, b, h, i0 + r), p.D, p.scale)
+        copy_query(p, of_query(p, &p.q, b, h, i0 + r), g.q_rows + r * round_up(p.D))
         g.delta[r] = dot(of_query(p, &p.d_o, b, h, i0 + r), of_query(p, &p.o, b, h, i0 + r), p.DV)
         if p.dlse.data != NULL:
             g.delta[r] -= of_query(p, &p.dlse, b, h, i0 + r)[0]
@@ -118,7 +119,7 @@ cdef void pack_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0,
 cdef void pack_slab_block(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t j0,
                           Py_ssize_t n) noexcept nogil:
     cdef const Problem *p = g.p
-    pack_keys(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, g.k_pack)
+    g.keys_packed = pack_keys(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, g.k_pack)
     pack_keys(of_key(p, &p.v, b, hk, j0), p.v.i, n, p.DV, g.v_pack)
     g.k_finite = pack_panels(of_key(p, &p.k, b, hk, j0), p.k.i, n, p.D, p.scale, g.k_rows)
 
@@ -159,20 +160,6 @@ cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py
         multiply_row(ds, factor, n)
 
 
-cdef void decode_scores(const Problem *p, Py_ssize_t b, Py_ssize_t h, const real **q, int rows,
-                        const Limits *tile, Py_ssize_t j0, real **w) noexcept nogil:
-    """Scores summed as decoding does: weights from others would not add up to 1 under its lse."""
-    cdef int r = 0, n
-    cdef real *s[DECODE_ROWS]
-    cdef int i
-    while r < rows:
-        n = <int>imin(rows - r, DECODE_ROWS)
-        for i in range(n):
-            s[i] = w[r + i] + (tile.lo - j0)
-        dots(n, q + r, of_key(p, &p.k, b, h // p.group, tile.lo), p.k.i, tile.hi - tile.lo, p.D, s)
-        r += n
-
-
 cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t first,
                         int rows, Py_ssize_t segment, Py_ssize_t slab, Py_ssize_t j0,
                         Py_ssize_t n) noexcept nogil:
@@ -187,6 +174,7 @@ cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, 
     cdef Limits tile
     cdef int r
     cdef Py_ssize_t i
+    cdef bint plain
     tile.lo, tile.hi = j0 + n, j0
     for r in range(rows):
         i = i0 + first + r
@@ -203,65 +191,75 @@ cdef void gradient_tile(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, 
         w[r], ds[r] = g.weights + (first + r) * BACK_STRIDE, g.ds + (first + r) * BACK_STRIDE
         dq[r] = dq_part(g, b, slab, h, i)
     if tile.lo < tile.hi:
-        if is_decode(p, b):
-            decode_scores(p, b, h, q, rows, &tile, j0, w)
+        # as forward had them: weights from other sums would not add up to 1 under its lse
+        plain = is_decode(p, b) or not g.keys_packed
+        if FINITE_ONLY and g.q_pack[segment // BACK_ROWS * g.q_block] == 0:
+            plain = True
+        if plain:
+            plain_scores(p, b, h // p.group, q, rows, &tile, j0, w)
         else:
-            panels(rows, 0, q, 0, 0, p.D, g.k_pack, p.D, n, tile.lo - j0, tile.hi - j0, g.zero, w)
-        panels(rows, 0, d_o, 0, 0, p.DV, g.v_pack, p.DV, n, tile.lo - j0, tile.hi - j0, g.zero, ds)
+            panels(rows, q, 0, p.D, g.k_pack, p.D, n, tile.lo - j0, tile.hi - j0, False, w)
+        panels(rows, d_o, 0, p.DV, g.v_pack, p.DV, n, tile.lo - j0, tile.hi - j0, False, ds)
     for r in range(rows):
         gradient_row(g, first + r, b, h, i0 + first + r, g.delta[segment + first + r], j0, n)
     if tile.lo >= tile.hi:
         return
     if g.k_finite:
-        panels(rows, 0, <const real **>ds, 0, tile.lo - j0, tile.hi - j0, g.k_rows, n, p.D, 0, p.D,
-               NULL, dq)
-    else:
-        panels_sparse(rows, 0, <const real **>ds, 0, tile.lo - j0, tile.hi - j0, g.k_rows, n, p.D,
-                      dq)
+        panels(rows, <const real **>ds, tile.lo - j0, tile.hi - j0, g.k_rows, n, p.D, 0, p.D, True,
+               dq)
+        return
+    for r in range(rows):
+        weigh_sparse(ds[r] + (tile.lo - j0), 1, of_key(p, &p.k, b, h // p.group, tile.lo), p.k.i,
+                     tile.hi - tile.lo, p.scale, p.D, dq[r], 1)
 
 
 cdef inline bint attends(const Limits *at, Py_ssize_t j0, Py_ssize_t j1) noexcept nogil:
     return max(at.lo, j0) < imin(at.hi, j1)
 
 
-cdef void key_gradients(Backward *g, Py_ssize_t rows, Py_ssize_t segment, Py_ssize_t slab_key,
-                        Py_ssize_t j0, Py_ssize_t n) noexcept nogil:
+cdef inline Py_ssize_t key_step(const Backward *g, Py_ssize_t N) noexcept nogil:
+    """From one key's sums to the next one's."""
+    return 1 if SUMS_TURNED else sums_ld(g.keys, N)
+
+
+cdef void add_turned(const Backward *g, int keys, const real *a, Py_ssize_t first, Py_ssize_t end,
+                     const real *packed, const real *rows_at, Py_ssize_t ld, real scale,
+                     Py_ssize_t rows, Py_ssize_t N, real *sums) noexcept nogil:
+    """The sums of `keys` keys += a' times rows first : end, which stand packed and at rows_at."""
+    cdef Py_ssize_t to_key = key_step(g, N), r
+    if packed[0] != 0:
+        panels_turned(keys, a, BACK_STRIDE, first, end, packed + g.header, rows, N, sums,
+                      sums_ld(g.keys, N))
+        return
+    for r in range(keys):
+        weigh_sparse(a + first * BACK_STRIDE + r, BACK_STRIDE, rows_at + first * ld, ld,
+                     end - first, scale, N, sums + r * to_key,
+                     sums_ld(g.keys, N) if SUMS_TURNED else 1)
+
+
+cdef void key_gradients(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t rows,
+                        Py_ssize_t segment, Py_ssize_t slab_key, Py_ssize_t j0,
+                        Py_ssize_t n) noexcept nogil:
     """dV += P' dO and dK += dS' Q for the block of keys j0 : j0 + n, which starts at
     `slab_key` in the slab."""
     cdef const Problem *p = g.p
-    cdef Py_ssize_t D = round_up(p.D), DV = round_up(p.DV)
-    cdef Py_ssize_t j = 0, keys, left = ceil_div(n, TILE_ROWS), r, first, end
-    cdef const real *q = g.q_pack + segment * (D + 1)
-    cdef const real *d_o = g.do_pack + segment * (DV + 1)
-    cdef const real *w
-    cdef const real *ds
-    cdef real *dk[TILE_ROWS]
-    cdef real *dv[TILE_ROWS]
-    while left > 0:
-        keys = ceil_div(n - j, left)
+    cdef Py_ssize_t j = 0, keys, first, end, block = segment // BACK_ROWS, key
+    while j < n:
+        keys = tile_height(n - j)
         first, end = 0, rows        # the rows that attend a key of the tile
         while first < end and not attends(&g.at[first], j0 + j, j0 + j + keys):
             first += 1
         while first < end and not attends(&g.at[end - 1], j0 + j, j0 + j + keys):
             end -= 1
-        for r in range(keys):
-            dk[r], dv[r] = g.dk + (slab_key + j + r) * D, g.dv + (slab_key + j + r) * DV
-        w, ds = g.weights + j, g.ds + j
+        key = slab_key + j
         if first < end:
-            if d_o[0] != 0:
-                panels(<int>keys, 1, &w, BACK_STRIDE, first, end, d_o + BACK_ROWS, rows, p.DV,
-                       0, p.DV, NULL, dv)
-            else:
-                panels_sparse(<int>keys, 1, &w, BACK_STRIDE, first, end, d_o + BACK_ROWS, rows,
-                              p.DV, dv)
-            if q[0] != 0:
-                panels(<int>keys, 1, &ds, BACK_STRIDE, first, end, q + BACK_ROWS, rows, p.D,
-                       0, p.D, NULL, dk)
-            else:
-                panels_sparse(<int>keys, 1, &ds, BACK_STRIDE, first, end, q + BACK_ROWS, rows,
-                              p.D, dk)
+            add_turned(g, <int>keys, g.weights + j, first, end, g.do_pack + block * g.do_block,
+                       of_query(p, &p.d_o, b, h, i0), p.d_o.i, 1, rows, p.DV,
+                       g.dv + key * key_step(g, p.DV))
+            add_turned(g, <int>keys, g.ds + j, first, end, g.q_pack + block * g.q_block,
+                       of_query(p, &p.q, b, h, i0), p.q.i, p.scale, rows, p.D,
+                       g.dk + key * key_step(g, p.D))
         j += keys
-        left -= 1
 
 
 cdef inline bint meets(const Backward *g, Py_ssize_t segment, Py_ssize_t rows, Py_ssize_t j0,
@@ -275,15 +273,14 @@ cdef void gradient_block(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0,
                          Py_ssize_t segment, Py_ssize_t slab, Py_ssize_t slab_key, Py_ssize_t j0,
                          Py_ssize_t n) noexcept nogil:
     """Queries i0 : i0 + rows of head h against keys j0 : j0 + n."""
-    cdef Py_ssize_t r = 0, height, left = ceil_div(rows, TILE_ROWS)
+    cdef Py_ssize_t r = 0, height
     if not meets(g, segment, rows, j0, j0 + n):
         return
-    while left > 0:
-        height = ceil_div(rows - r, left)
+    while r < rows:
+        height = tile_height(rows - r)
         gradient_tile(g, b, h, i0, r, <int>height, segment, slab, j0, n)
         r += height
-        left -= 1
-    key_gradients(g, rows, segment, slab_key, j0, n)
+    key_gradients(g, b, h, i0, rows, segment, slab_key, j0, n)
 
 
 cdef void backward_segment(Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t n,

@@ -70,11 +70,11 @@ cdef void backward_task(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t sla
     """Slabs slab0 : slab1 of a head."""
     cdef const Problem *p = g.p
     cdef Py_ssize_t k0 = slab0 * slab_keys(p, b), k1 = imin(slab1 * slab_keys(p, b), p.kv_len[b])
-    cdef Py_ssize_t L = p.q_len[b]
-    cdef Py_ssize_t D = round_up(p.D), DV = round_up(p.DV), h, i, slab, j
+    cdef Py_ssize_t L = p.q_len[b], h, i, slab
     find_parts(g, b)
-    memset(g.dk, 0, (k1 - k0) * D * sizeof(real))
-    memset(g.dv, 0, (k1 - k0) * DV * sizeof(real))
+    g.keys = k1 - k0
+    memset(g.dk, 0, sums_reals(g.keys, p.D) * sizeof(real))
+    memset(g.dv, 0, sums_reals(g.keys, p.DV) * sizeof(real))
     for h in range(hk * p.group, (hk + 1) * p.group):
         i = 0
         while i < L:
@@ -86,9 +86,8 @@ cdef void backward_task(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t sla
                 if g.all_parts == NULL:
                     add_slab(g, b, h, slab)
             i += SEGMENT
-    for j in range(k0, k1):
-        memcpy(of_key(p, &p.dk, b, hk, j), g.dk + (j - k0) * D, p.D * sizeof(real))
-        memcpy(of_key(p, &p.dv, b, hk, j), g.dv + (j - k0) * DV, p.DV * sizeof(real))
+    copy_sums(g.dk, g.keys, p.D, of_key(p, &p.dk, b, hk, k0), p.dk.i)
+    copy_sums(g.dv, g.keys, p.DV, of_key(p, &p.dv, b, hk, k0), p.dv.i)
 
 
 # what a task spans: bias gradients that several would add to are one task's

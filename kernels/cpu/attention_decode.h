@@ -123,14 +123,14 @@ static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, c
     }
 }
 
-/* The same for one row, leaving out what has weight zero: a value that may not
- * be attended can hold NaN. */
-static __attribute__((unused)) void weigh_sparse(const real *p, const real *v, intptr_t ld,
-                                                 intptr_t n, intptr_t DV, real *o) {
-    memset(o, 0, DV * sizeof(real));
+/* o[d * o_d] += sum_j p[j * p_j] (v[j * ld + d] * scale), leaving out what has weight zero: a value
+ * that may not be attended can hold NaN. */
+static __attribute__((unused)) void weigh_sparse(const real *p, intptr_t p_j, const real *v,
+                                                 intptr_t ld, intptr_t n, real scale, intptr_t DV,
+                                                 real *o, intptr_t o_d) {
     for (intptr_t j = 0; j < n; j++)
-        for (intptr_t d = 0; d < DV && p[j] != 0; d++)
-            o[d] += p[j] * v[j * ld + d];
+        for (intptr_t d = 0; d < DV && p[j * p_j] != 0; d++)
+            o[d * o_d] += p[j * p_j] * (v[j * ld + d] * scale);
 }
 
 INLINE int all_finite(const real *c, intptr_t n) {

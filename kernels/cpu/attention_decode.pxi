@@ -78,7 +78,8 @@ cdef void decode_tile(Decode *d, Py_ssize_t n, Py_ssize_t chunk, Py_ssize_t firs
     weigh(rows, <const real **>s, v, p.v.i, tile.hi - tile.lo, p.DV, acc)
     for r in range(rows):
         if not all_finite(acc[r], p.DV):
-            weigh_sparse(s[r], v, p.v.i, tile.hi - tile.lo, p.DV, acc[r])
+            memset(acc[r], 0, p.DV * sizeof(real))
+            weigh_sparse(s[r], 1, v, p.v.i, tile.hi - tile.lo, 1, p.DV, acc[r], 1)
 
 
 cdef void decode_row(const RowOptions *o, real *s, const Limits *at, const Limits *tile,

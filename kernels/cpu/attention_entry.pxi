@@ -77,9 +77,10 @@ cdef void run_forward(Call *call, int rank, int size) noexcept nogil:
         forward_layout(&f, &arena)
         decode_layout(&d, &arena)
         f.pack = <real *>arena
-        memset(f.zero, 0, PANEL * sizeof(real))
         decode_all(&d, call.barrier, rank, size, call.counters)
+        panels_begin()
         forward_all(&f, call.packed, call.counters + 1)
+        panels_end()
     free(at)
 
 
@@ -97,11 +98,12 @@ cdef void run_backward(Call *call, int rank, int size) noexcept nogil:
     if not call.failed:
         arena = at
         backward_layout(&g, &arena)
-        memset(g.zero, 0, PANEL * sizeof(real))
+        panels_begin()
         if call.parts == NULL:
             backward_heads(&g, call.counters)
         else:
             backward_slabs(&g, call.barrier, rank, size, call.counters)
+        panels_end()
     free(at)
 
 

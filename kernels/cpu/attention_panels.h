@@ -19,6 +19,26 @@ enum { KEY_BLOCK = VBYTES == 64 ? 512 : 256 };
 
 INLINE intptr_t round_up(intptr_t n) { return (n + VL - 1) / VL * VL; }
 
+/* Queries of a block, forward and backward: whole tiles, and of all panels. */
+enum { QUERY_ROWS = 48 };
+
+/* Reals of a packed matrix, K steps of N columns; and of pack_turned. */
+INLINE intptr_t panel_reals(intptr_t K, intptr_t N) { return K * round_up(N); }
+INLINE intptr_t turned_reals(intptr_t K, intptr_t N) { return K * round_up(N); }
+
+/* Whether `panels` is for finite numbers only. */
+enum { FINITE_ONLY = 0 };
+
+/* Around a thread's products. */
+INLINE void panels_begin(void) {}
+INLINE void panels_end(void) {}
+
+/* Rows of the next tile of n: tiles of equal height, not full ones and a small rest. */
+INLINE intptr_t tile_height(intptr_t n) {
+    intptr_t tiles = (n + TILE_ROWS - 1) / TILE_ROWS;
+    return (n + tiles - 1) / tiles;
+}
+
 #define TILES(R, NV)                                                                               \
     static __attribute__((noinline, unused)) void panel_##R##x##NV(                                \
         const real *const *a, intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, \
@@ -41,13 +61,10 @@ HEIGHTS(3) HEIGHTS(4)
 typedef void (*PanelFn)(const real *const *, intptr_t, intptr_t, intptr_t, const real *, intptr_t,
                         const real *, real *const *, intptr_t);
 
-/* Rows of a (turned: columns, lda apart) times the panels of w that hold columns [n0, n1),
- * for k in [k0, k1). w holds K steps of N columns. init: see tile_fixed; here one vector row for
- * every panel. */
-static __attribute__((unused)) void panels(int rows, int turned, const real *const *a, intptr_t lda,
-                                           intptr_t k0, intptr_t k1, const real *w, intptr_t K,
-                                           intptr_t N, intptr_t n0, intptr_t n1, const real *init,
-                                           real *const *c) {
+INLINE void all_panels(int rows, int turned, const real *const *a, intptr_t lda, intptr_t k0,
+                       intptr_t k1, const real *w, intptr_t K, intptr_t N, intptr_t n0, intptr_t n1,
+                       int add, real *const *c) {
+    static const real zero[PANEL];
 #define ROW_OF(KIND, NV)                                                                           \
     {0, KIND##_1x##NV, KIND##_2x##NV, KIND##_3x##NV, KIND##_4x##NV, KIND##_5x##NV, KIND##_6x##NV}
     static const PanelFn fn[2][PANEL_VECTORS + 1][TILE_ROWS + 1] = {
@@ -64,27 +81,37 @@ static __attribute__((unused)) void panels(int rows, int turned, const real *con
 #undef ROW_OF
     for (intptr_t col = n0 / PANEL * PANEL; col < n1; col += PANEL) {
         intptr_t width = round_up(N) - col < PANEL ? round_up(N) - col : PANEL;
-        fn[turned][width / VL][rows](a, lda, k0, k1, w + col * K + k0 * width, width, init, c, col);
+        fn[turned][width / VL][rows](a, lda, k0, k1, w + col * K + k0 * width, width,
+                                     add ? 0 : zero, c, col);
     }
 }
 
-/* The same where w holds NaN or infinity: what is multiplied by an exact zero is left out, as
- * a pair that may not attend must be. */
-static __attribute__((unused)) void panels_sparse(int rows, int turned, const real *const *a,
-                                                  intptr_t lda, intptr_t k0, intptr_t k1,
-                                                  const real *w, intptr_t K, intptr_t N,
-                                                  real *const *c) {
+/* Rows of a times the panels of w that hold columns [n0, n1), for k in [k0, k1). w holds K steps of
+ * N columns. c = or, if `add`, c += */
+static __attribute__((unused)) void panels(int rows, const real *const *a, intptr_t k0, intptr_t k1,
+                                           const real *w, intptr_t K, intptr_t N, intptr_t n0,
+                                           intptr_t n1, int add, real *const *c) {
+    all_panels(rows, 0, a, 0, k0, k1, w, K, N, n0, n1, add, c);
+}
+
+/* c[r * ldc + n] += sum_k a[k * lda + r] w[k][n] for k in [k0, k1), w of pack_turned. */
+static __attribute__((unused)) void panels_turned(int rows, const real *a, intptr_t lda,
+                                                  intptr_t k0, intptr_t k1, const real *w,
+                                                  intptr_t K, intptr_t N, real *c, intptr_t ldc) {
+    real *row[TILE_ROWS];
     for (int r = 0; r < rows; r++)
-        for (intptr_t k = k0; k < k1; k++) {
-            real ark = turned ? a[0][k * lda + r] : a[r][k];
-            if (ark == 0)
-                continue;
-            for (intptr_t col = 0; col < round_up(N); col += PANEL) {
-                intptr_t width = round_up(N) - col < PANEL ? round_up(N) - col : PANEL;
-                for (intptr_t j = 0; j < width; j++)
-                    c[r][col + j] += ark * w[col * K + k * width + j];
-            }
-        }
+        row[r] = c + r * ldc;
+    all_panels(rows, 1, &a, lda, k0, k1, w, K, N, 0, N, 1, row);
+}
+
+/* Sums of panels_turned: `rows` of N columns, `ld` apart. */
+enum { SUMS_TURNED = 0 };
+INLINE intptr_t sums_ld(intptr_t rows, intptr_t N) { return round_up(N); }
+INLINE intptr_t sums_reals(intptr_t rows, intptr_t N) { return rows * round_up(N); }
+static __attribute__((unused)) void copy_sums(const real *sums, intptr_t rows, intptr_t N,
+                                              real *dst, intptr_t ld) {
+    for (intptr_t r = 0; r < rows; r++)
+        memcpy(dst + r * ld, sums + r * round_up(N), N * sizeof(real));
 }
 
 /* The first n reals at p, zeros in the other lanes. */
@@ -112,8 +139,14 @@ static __attribute__((unused)) int pack_panels(const real *src, intptr_t ld, int
     return sum_lanes(bad) == 0;
 }
 
-/* dst panels [D][keys] of the transposed rows src + j * ld. Columns past the last key are zeros. */
-static __attribute__((unused)) void pack_keys(const real *src, intptr_t ld, intptr_t keys,
+INLINE int pack_turned(const real *src, intptr_t ld, intptr_t K, intptr_t N, real scale,
+                       real *dst) {
+    return pack_panels(src, ld, K, N, scale, dst);
+}
+
+/* dst panels [D][keys] of the transposed rows src + j * ld. Columns past the last key are zeros.
+ * Returns whether `panels` may have them: always. */
+static __attribute__((unused)) int pack_keys(const real *src, intptr_t ld, intptr_t keys,
                                               intptr_t D, real *dst) {
     const real *row[VL];
     for (intptr_t j = 0; j < keys; j += VL) {
@@ -123,6 +156,7 @@ static __attribute__((unused)) void pack_keys(const real *src, intptr_t ld, intp
             row[l] = j + l < keys ? src + (j + l) * ld : 0;
         pack_transposed(row, D, dst + col * D + (j - col), width);
     }
+    return 1;
 }
 
 #endif
