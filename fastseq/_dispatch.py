@@ -24,10 +24,12 @@ def level() -> tuple[str, str]:
     AMX is used only where FASTSEQ_CPU asks for it: short sequences lose with it.
     """
     available = features.supported()
-    best = [name for name in available if name != "amx"][-1]
+    usual = [name for name in available if name != "amx"]
+    best = usual[-1]
     wanted = os.environ.get("FASTSEQ_CPU")
     if not wanted:
-        return best, f"the best of {' '.join(available)} that this CPU and OS support"
+        asked = "; amx if FASTSEQ_CPU asks for it" if "amx" in available else ""
+        return best, f"the best of {' '.join(usual)} that this CPU and OS support{asked}"
     if wanted not in LEVELS:
         raise ValueError(f"FASTSEQ_CPU must be one of {' '.join(LEVELS)}, got {wanted!r}")
     if wanted not in available:
