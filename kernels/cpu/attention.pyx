@@ -28,7 +28,6 @@ cdef extern from "attention.h" nogil:
     bint pack_turned(const real *src, Py_ssize_t ld, Py_ssize_t K, Py_ssize_t N, real scale,
                      real *dst)
     bint pack_keys(const real *src, Py_ssize_t ld, Py_ssize_t keys, Py_ssize_t D, real *dst)
-    Py_ssize_t turned_reals(Py_ssize_t K, Py_ssize_t N)
     Py_ssize_t sums_ld(Py_ssize_t rows, Py_ssize_t N)
     Py_ssize_t sums_reals(Py_ssize_t rows, Py_ssize_t N)
     void copy_sums(const real *sums, Py_ssize_t rows, Py_ssize_t N, real *dst, Py_ssize_t ld)

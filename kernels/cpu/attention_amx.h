@@ -22,14 +22,12 @@ enum { STEP_K = 32, PARTS = 3, TILE_BYTES = 1024, SIDE = 16 };
 enum { STEPS = 2 };
 enum { FINITE_ONLY = 1, SUMS_TURNED = 1 };
 
-INLINE intptr_t round_up(intptr_t n) { return (n + VL - 1) / VL * VL; }
-
 INLINE intptr_t steps_of(intptr_t k) { return (k + STEP_K - 1) / STEP_K; }
 
 /* Tiles of the panel at `col` of N columns. */
 INLINE intptr_t tiles_of(intptr_t N, intptr_t col) { return round_up(N) - col < PANEL ? 1 : 2; }
 
-/* Reals of packed K steps of N columns. */
+/* Reals of a packed matrix, K steps of N columns; and of pack_turned. */
 INLINE intptr_t panel_reals(intptr_t K, intptr_t N) {
     return steps_of(K) * PARTS * round_up(N) / SIDE * TILE_BYTES / sizeof(real);
 }
@@ -40,9 +38,6 @@ INLINE char *packed_at(const real *w, intptr_t K, intptr_t N, intptr_t step, int
     intptr_t tiles = first * (round_up(N) / SIDE) + col / SIDE * (rest < STEPS ? rest : STEPS);
     return (char *)w + (tiles + (step - first) * tiles_of(N, col)) * PARTS * TILE_BYTES;
 }
-
-/* And of pack_turned: as many rows on the left. */
-INLINE intptr_t turned_reals(intptr_t K, intptr_t N) { return panel_reals(K, N); }
 
 /* Before and after a thread's products: eight tiles of 16 rows of 64 bytes. */
 static __attribute__((unused)) void panels_begin(void) {
@@ -173,6 +168,21 @@ INLINE void multiply(intptr_t m, intptr_t n, const char *a, const char *b, intpt
         (n > 1 ? amx_1x2 : amx_1x1)(a, b, steps, add, c, ldc);
 }
 
+/* m x n tiles of c, of which `rows` rows are ours: what lies behind them is not touched. */
+INLINE void multiply_rows(int rows, intptr_t m, intptr_t n, const char *a, const char *b,
+                          intptr_t steps, int add, real *const *c, intptr_t col) {
+    real whole[TILE_ROWS * PANEL] __attribute__((aligned(64)));
+    intptr_t row_bytes = n * SIDE * sizeof(real);
+    if (rows == m * SIDE) {
+        multiply(m, n, a, b, steps, add, c[0] + col, c[1] - c[0]);
+        return;
+    }
+    for (int r = 0; add && r < rows; r++)
+        memcpy(whole + r * PANEL, c[r] + col, row_bytes);
+    multiply(m, n, a, b, steps, add, whole, PANEL);
+    for (int r = 0; r < rows; r++)
+        memcpy(c[r] + col, whole + r * PANEL, row_bytes);
+}
 
 /* Rows of a times the panels of w that hold columns [n0, n1), for k in [k0, k1). w holds K steps of
  * N columns; the rows of c have one distance. c = or, if `add`, c += */
@@ -180,26 +190,15 @@ static __attribute__((unused)) void panels(int rows, const real *const *a, intpt
                                            const real *w, intptr_t K, intptr_t N, intptr_t n0,
                                            intptr_t n1, int add, real *const *c) {
     char left[STEPS * PARTS * 2 * TILE_BYTES] __attribute__((aligned(64)));
-    real whole[TILE_ROWS * PANEL] __attribute__((aligned(64)));
-    intptr_t ldc = rows > 1 ? c[1] - c[0] : 0, first = k0 / STEP_K, m = rows > SIDE ? 2 : 1;
+    intptr_t first = k0 / STEP_K, m = rows > SIDE ? 2 : 1;
     for (intptr_t end; first < steps_of(k1); first = end, add = 1) {
         end = (first / STEPS + 1) * STEPS;
         intptr_t from = first * STEP_K > k0 ? first * STEP_K : k0, to = end * STEP_K;
         intptr_t steps = (steps_of(k1) < end ? steps_of(k1) : end) - first;
         split_rows(rows, a, from, to < k1 ? to : k1, left);
         for (intptr_t col = n0 / PANEL * PANEL; col < n1; col += PANEL) {
-            intptr_t n = tiles_of(N, col), row_bytes = n * SIDE * sizeof(real);
             const char *b = packed_at(w, K, N, first, col);
-            if (rows == m * SIDE) {
-                multiply(m, n, left, b, steps, add, c[0] + col, ldc);
-                continue;
-            }
-            /* what lies behind the last row is not ours */
-            for (int r = 0; add && r < rows; r++)
-                memcpy(whole + r * PANEL, c[r] + col, row_bytes);
-            multiply(m, n, left, b, steps, add, whole, PANEL);
-            for (int r = 0; r < rows; r++)
-                memcpy(c[r] + col, whole + r * PANEL, row_bytes);
+            multiply_rows(rows, m, tiles_of(N, col), left, b, steps, add, c, col);
         }
     }
 }
@@ -247,15 +246,12 @@ static __attribute__((unused)) void copy_sums(const real *sums, intptr_t rows, i
         }
 }
 
-/* The first n reals at p, zeros in the other lanes. */
-INLINE vec load_part(const real *p, intptr_t n) { return load_within(p, 0, 0, n < VL ? n : VL); }
-
 /* Rows k and k + SIDE of a packed matrix, columns col : col + VL, times `scale`. */
 INLINE void load_pair(const real *src, intptr_t ld, intptr_t K, intptr_t N, intptr_t k,
                       intptr_t col, real scale, vec v[2], vec *bad) {
     for (int i = 0; i < 2; i++) {
         intptr_t row = k + i * SIDE;
-        v[i] = row < K ? load_part(src + row * ld + col, N - col) * scale : (vec){};
+        v[i] = row < K ? load_within(src + row * ld, col, 0, N) * scale : (vec){};
         *bad += v[i] * 0;
     }
 }

@@ -78,8 +78,8 @@ cdef void backward_layout(Backward *g, char **arena) noexcept nogil:
     g.dk = <real *>take(arena, sums_reals(keys, p.D) * real_bytes)
     g.dv = <real *>take(arena, sums_reals(keys, p.DV) * real_bytes)
     g.header = 64 // real_bytes
-    g.q_block = g.header + turned_reals(BACK_ROWS, p.D)
-    g.do_block = g.header + turned_reals(BACK_ROWS, p.DV)
+    g.q_block = g.header + panel_reals(BACK_ROWS, p.D)
+    g.do_block = g.header + panel_reals(BACK_ROWS, p.DV)
     g.q_pack = <real *>take(arena, rows // BACK_ROWS * g.q_block * real_bytes)
     g.do_pack = <real *>take(arena, rows // BACK_ROWS * g.do_block * real_bytes)
     g.q_rows = <real *>take(arena, rows * D * real_bytes)

@@ -17,14 +17,11 @@ enum { PANEL_VECTORS = VBYTES == 64 ? 4 : 2, PANEL = PANEL_VECTORS * VL, TILE_RO
  * (Zen 5, 1 MiB of L2 a core, L 512 to 2048); Zen 3 has half of that. */
 enum { KEY_BLOCK = VBYTES == 64 ? 512 : 256 };
 
-INLINE intptr_t round_up(intptr_t n) { return (n + VL - 1) / VL * VL; }
-
 /* Queries of a block, forward and backward: whole tiles, and of all panels. */
 enum { QUERY_ROWS = 48 };
 
 /* Reals of a packed matrix, K steps of N columns; and of pack_turned. */
 INLINE intptr_t panel_reals(intptr_t K, intptr_t N) { return K * round_up(N); }
-INLINE intptr_t turned_reals(intptr_t K, intptr_t N) { return K * round_up(N); }
 
 /* Whether `panels` is for finite numbers only. */
 enum { FINITE_ONLY = 0 };

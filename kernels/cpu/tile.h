@@ -264,6 +264,9 @@ static __attribute__((unused)) void pack_transposed(const real *const *src, intp
     }
 }
 
+/* Reals of n in whole vectors. */
+INLINE intptr_t round_up(intptr_t n) { return (n + VL - 1) / VL * VL; }
+
 /* dst[0 : width] = src[0 : n], then zeros. */
 INLINE void copy_padded(real *dst, const real *src, intptr_t n, intptr_t width) {
     memcpy(dst, src, n * sizeof(real));
