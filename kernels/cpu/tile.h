@@ -17,6 +17,7 @@
  * K = 512: heights 4 to 8 all reach 112 to 116 GFLOP/s, 2 and 3 rows 88 to 92, one row 53. */
 enum {
     MAX_ROWS = 8,
+    MAX_NV = 8,     /* of values read as they lie; packed panels have 3 or 4 */
     ROW_PANELS = 3, /* panels that a single row is multiplied with at once */
     ROWS_NV4 = VBYTES == 64 ? 6 : 3,
     ROWS_NV3 = VBYTES == 64 ? 8 : 4,
@@ -30,17 +31,10 @@ enum {
 
 INLINE intptr_t tile_rows(int nv) { return nv == 4 ? ROWS_NV4 : ROWS_NV3; }
 
-/* Vector j of w, and what lies `ahead` reals further asked for. */
-INLINE vec load_step(const real *w, int j, intptr_t ahead) {
-    if (ahead && (VBYTES == 64 || j * VBYTES % 64 == 0))
-        __builtin_prefetch(w + j * VL + ahead, 0, 3);
-    return load(w + j * VL);
-}
-
 /* One k of a tile. The side with fewer numbers is held: 3 rows of 4 vectors and 6 of 2 then fit 16
  * registers, also when several steps are unrolled. */
 INLINE void step(const int rows, const int nv, const int turned, const real *const *row, intptr_t k,
-                 const real *w, intptr_t ahead, vec acc[MAX_ROWS][4]) {
+                 const real *w, vec acc[MAX_ROWS][MAX_NV]) {
     vec held[MAX_ROWS];
     if (rows < nv) {
         UNROLL
@@ -48,7 +42,7 @@ INLINE void step(const int rows, const int nv, const int turned, const real *con
             held[r] = broadcast(turned ? row[0][r] : row[r][k]);
         UNROLL
         for (int j = 0; j < nv; j++) {
-            vec wj = load_step(w, j, ahead);
+            vec wj = load(w + j * VL);
             UNROLL
             for (int r = 0; r < rows; r++)
                 acc[r][j] += held[r] * wj;
@@ -57,7 +51,7 @@ INLINE void step(const int rows, const int nv, const int turned, const real *con
     }
     UNROLL
     for (int j = 0; j < nv; j++)
-        held[j] = load_step(w, j, ahead);
+        held[j] = load(w + j * VL);
     UNROLL
     for (int r = 0; r < rows; r++) {
         vec ar = broadcast(turned ? row[0][r] : row[r][k]);
@@ -68,21 +62,21 @@ INLINE void step(const int rows, const int nv, const int turned, const real *con
 }
 
 /* a: row r is a[r][k], or if `turned` a[0][k * lda + r], so that a product with a transposed left
- * side needs no copy. Step k of w is ldw reals after step k - 1; what lies `ahead` reals further is
- * asked for, 0: nothing. init: NULL to add to c, else one row that every row of c starts from. */
+ * side needs no copy. Step k of w is ldw reals after step k - 1. init: NULL to add to c, else one
+ * row that every row of c starts from. */
 INLINE void tile_fixed(const int rows, const int nv, const int turned, const real *const *a,
                        intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw,
-                       intptr_t ahead, const real *init, real *const *c, intptr_t col) {
+                       const real *init, real *const *c, intptr_t col) {
     const real *row[MAX_ROWS];
     UNROLL
     for (int r = 0; r < rows; r++)
         row[r] = turned ? a[0] + k0 * lda + r : a[r];
     do {
-        vec acc[MAX_ROWS][4] = {};
+        vec acc[MAX_ROWS][MAX_NV] = {};
         intptr_t end = k1 - k0 < SUM_CHUNK ? k1 : k0 + SUM_CHUNK;
         UNROLL_STEPS /* GRU inference 1.01 to 1.06 times as fast, LSTM and attention 1.01 (Zen 3) */
         for (; k0 < end; k0++, w += ldw) {
-            step(rows, nv, turned, row, k0, w, ahead, acc);
+            step(rows, nv, turned, row, k0, w, acc);
             row[0] += turned ? lda : 0;
         }
         UNROLL
@@ -100,7 +94,7 @@ INLINE void tile_fixed(const int rows, const int nv, const int turned, const rea
     static __attribute__((noinline, unused)) void tile_##R##x##NV(                                 \
         const real *const *a, intptr_t k0, intptr_t k1, const real *w, const real *init,           \
         real *const *c, intptr_t col) {                                                            \
-        tile_fixed(R, NV, 0, a, 0, k0, k1, w, NV * VL, 0, init, c, col);                           \
+        tile_fixed(R, NV, 0, a, 0, k0, k1, w, NV * VL, init, c, col);                              \
     }
 TILE(1, 3) TILE(2, 3) TILE(3, 3) TILE(4, 3) TILE(1, 4) TILE(2, 4) TILE(3, 4)
 #if VBYTES == 64
