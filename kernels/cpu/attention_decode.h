@@ -20,36 +20,46 @@ enum {
 
 /* s[r][j] = q[r] . k_j for rows r and keys j of [0, n): k_j is k + j * ld. The keys are read
  * once, and not packed; as many at a time as give a whole vector of sums, or what is done for
- * each costs as much as its products. */
+ * each costs as much as its products. `together` 1 or 2: keys whose sums grow at the same time. */
 INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intptr_t ld, intptr_t n,
-                       intptr_t D, real *const *s) {
+                       intptr_t D, int together, real *const *s) {
     const int places = rows == 3 ? 4 : rows; /* rows in a vector of sums */
     const int keys = VL > places ? VL / places : 1;
+    together = keys > 1 ? together : 1;
     for (intptr_t j = 0; j < n; j += keys) {
         vec lanes[VL > DECODE_ROWS ? VL : DECODE_ROWS] = {};
         real sums[VL > DECODE_ROWS ? VL : DECODE_ROWS];
         UNROLL
-        for (int l = 0; l < keys; l++) {
+        for (int l = 0; l < keys; l += together) {
             IN_ORDER;
-            vec acc[DECODE_ROWS] = {};
-            const real *key = k + (j + l < n ? j + l : n - 1) * ld;
+            vec acc[2][DECODE_ROWS] = {};
+            const real *key[2];
             intptr_t d = 0;
-            for (; d + VL <= D; d += VL) {
-                vec kd = load(key + d);
-                UNROLL
-                for (int r = 0; r < rows; r++)
-                    acc[r] += kd * load(q[r] + d);
-            }
-            if (d < D) {
-                vec kd = {};
-                memcpy(&kd, key + d, (D - d) * sizeof(real));
-                UNROLL
-                for (int r = 0; r < rows; r++)
-                    acc[r] += kd * load(q[r] + d);
-            }
             UNROLL
-            for (int r = 0; r < rows; r++)
-                lanes[r * keys + l] = acc[r];
+            for (int i = 0; i < together; i++)
+                key[i] = k + (j + l + i < n ? j + l + i : n - 1) * ld;
+            for (; d + VL <= D; d += VL)
+                UNROLL
+                for (int i = 0; i < together; i++) {
+                    vec kd = load(key[i] + d);
+                    UNROLL
+                    for (int r = 0; r < rows; r++)
+                        acc[i][r] += kd * load(q[r] + d);
+                }
+            if (d < D)
+                UNROLL
+                for (int i = 0; i < together; i++) {
+                    vec kd = {};
+                    memcpy(&kd, key[i] + d, (D - d) * sizeof(real));
+                    UNROLL
+                    for (int r = 0; r < rows; r++)
+                        acc[i][r] += kd * load(q[r] + d);
+                }
+            UNROLL
+            for (int i = 0; i < together; i++)
+                UNROLL
+                for (int r = 0; r < rows; r++)
+                    lanes[r * keys + l + i] = acc[i][r];
         }
         UNROLL
         for (int v = 0; v < places * keys; v += VL)
@@ -61,17 +71,18 @@ INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intp
 }
 
 /* With a usual D known to the compiler q stays in registers: a step of 4 rows with keys in cache
- * takes 0.91 to 0.95 of the time (Zen 4). */
+ * takes 0.91 to 0.95 of the time (Zen 4). Two keys of 64 are near enough to a stream, and 4 rows
+ * with AVX2 then have 8 chains of additions: 42 GB/s in cache against 29. */
 #define DOTS(R)                                                                                    \
     static __attribute__((noinline, unused)) void dots_##R(const real *const *q, const real *k,    \
                                                            intptr_t ld, intptr_t n, intptr_t D,    \
                                                            real *const *s) {                       \
         if (D == 64)                                                                               \
-            dots_fixed(R, q, k, ld, n, 64, s);                                                     \
+            dots_fixed(R, q, k, ld, n, 64, 2, s);                                                  \
         else if (D == 128)                                                                         \
-            dots_fixed(R, q, k, ld, n, 128, s);                                                    \
+            dots_fixed(R, q, k, ld, n, 128, 1, s);                                                 \
         else                                                                                       \
-            dots_fixed(R, q, k, ld, n, D, s);                                                      \
+            dots_fixed(R, q, k, ld, n, D, 1, s);                                                   \
     }
 DOTS(1) DOTS(2) DOTS(3) DOTS(4)
 #undef DOTS
@@ -99,36 +110,36 @@ INLINE void dots(intptr_t rows, const real *const *q, const real *k, intptr_t ld
     fn[rows](q, k, ld, n, D, s);
 }
 
-/* weigh_RxNV, of as many rows at a time as registers hold sums of. */
-static __attribute__((unused)) void weigh_columns(intptr_t rows, intptr_t nv, const real *const *p,
-                                                  const real *v, intptr_t ld, intptr_t n,
-                                                  real *const *o, intptr_t d) {
+/* o[r] += sum_j p[r][j] v_j for keys [0, n). Where registers hold sums of two rows' whole values
+ * or of all rows, values are read in whole rows of them. Else a few keys' values are read into L1
+ * first, in their order, and then multiplied by columns. */
+static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, const real *v,
+                                          intptr_t ld, intptr_t n, intptr_t DV, real *const *o) {
 #define AT(R, NV) ((R) * (NV) <= WEIGH_SUMS ? weigh_##R##x##NV : 0)
 #define WIDTHS(R)                                                                                  \
     {0, AT(R, 1), AT(R, 2), AT(R, 3), AT(R, 4), AT(R, 5), AT(R, 6), AT(R, 7), AT(R, 8)}
     static const WeighFn fn[][MAX_NV + 1] = {{0}, WIDTHS(1), WIDTHS(2), WIDTHS(3), WIDTHS(4)};
 #undef WIDTHS
 #undef AT
-    intptr_t most = WEIGH_SUMS / nv, passes = (rows + most - 1) / most;
-    intptr_t height = (rows + passes - 1) / passes;
-    for (intptr_t r = 0; r < rows; r += height)
-        fn[rows - r < height ? rows - r : height][nv](p + r, v, ld, n, o + r, d);
-}
-
-/* o[r] += sum_j p[r][j] v_j for keys [0, n); if not all is done in one pass over the values, a few
- * keys at a time, so that a row of values is whole in L1 before it is read again. */
-static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, const real *v,
-                                          intptr_t ld, intptr_t n, intptr_t DV, real *const *o) {
-    int one_pass = DV % VL == 0 && DV <= MAX_NV * VL && rows * DV <= WEIGH_SUMS * VL;
-    intptr_t block = one_pass ? n : REREAD_KEYS;
+    intptr_t vectors = DV / VL, most = WEIGH_SUMS / rows, height = rows;
+    int in_rows = vectors <= MAX_NV && vectors * (rows < 2 ? rows : 2) <= WEIGH_SUMS;
+    while (in_rows && height * vectors > WEIGH_SUMS)
+        height = (height + 1) / 2;
+    most = in_rows || most > MAX_NV ? MAX_NV : most;
+    intptr_t block = in_rows && height == rows && DV == vectors * VL ? n : REREAD_KEYS;
     const real *pj[DECODE_ROWS];
     for (intptr_t j = 0; j < n; j += block) {
         intptr_t keys = n - j < block ? n - j : block, d = 0;
         for (int r = 0; r < rows; r++)
             pj[r] = p[r] + j;
+        for (intptr_t i = j; i < j + keys && !in_rows; i++)
+            for (intptr_t e = 0; e < DV; e += 64 / sizeof(real))
+                (void)*(const volatile real *)(v + i * ld + e);
         while (d + VL <= DV) {
-            intptr_t nv = (DV - d) / VL < MAX_NV ? (DV - d) / VL : MAX_NV;
-            weigh_columns(rows, nv, pj, v + j * ld, ld, keys, o, d);
+            intptr_t nv = (DV - d) / VL < most ? (DV - d) / VL : most;
+            for (intptr_t r = 0; r < rows; r += height)
+                fn[rows - r < height ? rows - r : height][nv](pj + r, v + j * ld, ld, keys, o + r,
+                                                              d);
             d += nv * VL;
         }
         for (; d < DV; d++)
