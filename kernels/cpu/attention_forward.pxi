@@ -4,7 +4,7 @@
 #   o = sum e^(s - m) v / l          lse = m + log l
 #
 # Keys and values are packed once per head, in blocks of KEY_BLOCK; a tile of 6 rows goes from
-# scores to weighted values while they are in L1. Only panels that hold a key which some row of the
+# scores to weighted values while they are in L1. Only vectors that hold a key which some row of the
 # tile may attend are computed.
 # Cost: 2 L S (D + DV) FLOP a head, less what is skipped; S (D + DV) reals of packed keys and
 # values a head at hand.

@@ -78,13 +78,15 @@ INLINE void all_panels(int rows, int turned, const real *const *a, intptr_t lda,
 #undef ROW_OF
     for (intptr_t col = n0 / PANEL * PANEL; col < n1; col += PANEL) {
         intptr_t width = round_up(N) - col < PANEL ? round_up(N) - col : PANEL;
-        fn[turned][width / VL][rows](a, lda, k0, k1, w + col * K + k0 * width, width,
-                                     add ? 0 : zero, c, col);
+        intptr_t skip = col < n0 ? (n0 - col) / VL : 0;
+        intptr_t nv = (n1 - col < width ? round_up(n1 - col) : width) / VL - skip;
+        fn[turned][nv][rows](a, lda, k0, k1, w + col * K + k0 * width + skip * VL, width,
+                             add ? 0 : zero, c, col + skip * VL);
     }
 }
 
-/* Rows of a times the panels of w that hold columns [n0, n1), for k in [k0, k1). w holds K steps of
- * N columns. c = or, if `add`, c += */
+/* Rows of a times the vectors of w that hold columns [n0, n1), for k in [k0, k1). w holds K steps
+ * of N columns. c = or, if `add`, c += */
 static __attribute__((unused)) void panels(int rows, const real *const *a, intptr_t k0, intptr_t k1,
                                            const real *w, intptr_t K, intptr_t N, intptr_t n0,
                                            intptr_t n1, int add, real *const *c) {
