@@ -55,7 +55,7 @@ CASES += [  # more queries than keys: an offset below zero, rows before all keys
 ONE = {"B": 1, "NH": 1, "NK": 1}
 GROUP = {"B": 2, "NH": 4, "NK": 2}
 # About every size at which a kernel cuts: packed keys 256, or 512 with AVX-512; decoding's chunks
-# 1024 and the 32 keys that it weighs at a time; 48 queries of a block, forward and backward;
+# 1024 and the 16 keys whose values it may read twice; 48 queries of a block, forward and backward;
 # backward's 192 keys, and its slabs: one up to 192 keys, 2, 3, 4 of them, 3 again; its segments of
 # 2048 queries.
 SOME_KEYS = (191, 193, 255, 256, 257, 385, 511, 512, 513)
@@ -80,6 +80,11 @@ LARGE = [
 LARGE += [
     AttentionProblem(B=1, NH=4, NK=2, L=21, S=70, D=D, DV=DV, dtype=dtype, causal=True)
     for (D, DV), dtype in product([(80, 80), (96, 96), (128, 128), (200, 200), (64, 48)], DTYPES)
+]
+# Decoding's tiles of 1 to 4 rows, with values read once, in passes of rows, and by columns.
+LARGE += [
+    AttentionProblem(B=1, NH=n, NK=1, L=1, S=37, D=D, DV=D, dtype=dtype)
+    for n, D, dtype in product((1, 2, 3, 4), (64, 96, 128, 272), DTYPES)
 ]
 LARGE += [AttentionProblem(B=1, NH=3, NK=3, L=9, S=1030, D=512, DV=520, ragged="q")]
 

@@ -12,7 +12,7 @@ enum {
 };
 
 /* Keys and values of a decoding step come from memory once. They are read in the order in which
- * they lie there, then the core's prefetchers keep up: 30 to 35 GB/s on one core, as much as a
+ * they lie there, then the core's prefetchers keep up: 20 to 35 GB/s on one core, as much as a
  * plain sum, against 10 to 14 with the lines of 8 rows in turn or half a row at a time (Zen 4, D 64
  * and 128); prefetch instructions made up for none of it. So the compiler must not interleave what
  * this stands between. */
@@ -71,7 +71,7 @@ INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intp
 }
 
 /* With a usual D known to the compiler q stays in registers: a step of 4 rows with keys in cache
- * takes 0.91 to 0.95 of the time (Zen 4). Two keys of 64 are near enough to a stream, and 4 rows
+ * takes 0.89 to 0.94 of the time (Zen 4). Two keys of 64 are near enough to a stream, and 4 rows
  * with AVX2 then have 8 chains of additions: 42 GB/s in cache against 29. */
 #define DOTS(R)                                                                                    \
     static __attribute__((noinline, unused)) void dots_##R(const real *const *q, const real *k,    \
