@@ -110,6 +110,13 @@ INLINE void dots(intptr_t rows, const real *const *q, const real *k, intptr_t ld
     fn[rows](q, k, ld, n, D, s);
 }
 
+/* n rows of DV reals into L1, in the order in which they lie. */
+INLINE void read_rows(const real *v, intptr_t ld, intptr_t n, intptr_t DV) {
+    for (intptr_t j = 0; j < n; j++)
+        for (intptr_t d = 0; d < DV; d += 64 / sizeof(real))
+            (void)*(const volatile real *)(v + j * ld + d);
+}
+
 /* o[r] += sum_j p[r][j] v_j for keys [0, n). Where registers hold sums of two rows' whole values
  * or of all rows, values are read in whole rows of them. Else a few keys' values are read into L1
  * first, in their order, and then multiplied by columns. */
@@ -121,20 +128,19 @@ static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, c
     static const WeighFn fn[][MAX_NV + 1] = {{0}, WIDTHS(1), WIDTHS(2), WIDTHS(3), WIDTHS(4)};
 #undef WIDTHS
 #undef AT
-    intptr_t vectors = DV / VL, most = WEIGH_SUMS / rows, height = rows;
+    intptr_t vectors = DV / VL, height = rows;
     int in_rows = vectors <= MAX_NV && vectors * (rows < 2 ? rows : 2) <= WEIGH_SUMS;
     while (in_rows && height * vectors > WEIGH_SUMS)
         height = (height + 1) / 2;
-    most = in_rows || most > MAX_NV ? MAX_NV : most;
+    intptr_t most = in_rows || rows * MAX_NV <= WEIGH_SUMS ? MAX_NV : WEIGH_SUMS / rows;
     intptr_t block = in_rows && height == rows && DV == vectors * VL ? n : REREAD_KEYS;
     const real *pj[DECODE_ROWS];
     for (intptr_t j = 0; j < n; j += block) {
         intptr_t keys = n - j < block ? n - j : block, d = 0;
         for (int r = 0; r < rows; r++)
             pj[r] = p[r] + j;
-        for (intptr_t i = j; i < j + keys && !in_rows; i++)
-            for (intptr_t e = 0; e < DV; e += 64 / sizeof(real))
-                (void)*(const volatile real *)(v + i * ld + e);
+        if (!in_rows)
+            read_rows(v + j * ld, ld, keys, DV);
         while (d + VL <= DV) {
             intptr_t nv = (DV - d) / VL < most ? (DV - d) / VL : most;
             for (intptr_t r = 0; r < rows; r += height)
