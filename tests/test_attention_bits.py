@@ -180,6 +180,42 @@ def test_any_layout(path, dtype, layout):
     assert_same_bits(results(moved(problem, LAYOUTS[layout])), results(problem))
 
 
+# A key's heads one behind the other are decoded together, all, or 4 and 2 of 6 with 8 rows each;
+# fewer where threads would be idle.
+NEIGHBOURS = {
+    "one-row": {"NH": 6, "NK": 6, "L": 1, "D": 64, "DV": 64},
+    "rows-of-a-group": {"NH": 8, "NK": 2, "L": 1, "D": 128, "DV": 128},
+    "part-of-the-heads": {"NH": 12, "NK": 6, "L": 4, "D": 16, "DV": 16},
+    "odd": {"NH": 9, "NK": 3, "L": 2, "D": 11, "DV": 9},
+}
+OF_NEIGHBOURS = {
+    "plain": {},
+    "window": {"causal": "bottom_right", "window": (1050, 0), "ragged": "kv", "mask": "LxS"},
+}
+
+
+@pytest.mark.parametrize("fields", OF_NEIGHBOURS.values(), ids=OF_NEIGHBOURS)
+@pytest.mark.parametrize("sizes", NEIGHBOURS.values(), ids=NEIGHBOURS)
+@every_dtype
+def test_neighbouring_heads_decode_together(dtype, sizes, fields, monkeypatch):
+    """Keys and values in arrays of their own, and side by side in one."""
+    problem = AttentionProblem(**{"B": 2, "S": 1100, **sizes, **fields}, dtype=dtype)
+    k, v = (problem.inputs[name].swapaxes(1, 2) for name in "kv")  # (B, S, NK, D or DV)
+    flat = [a.reshape(*a.shape[:2], -1) for a in (k, v)]
+    halves = np.split(np.concatenate(flat, axis=-1), [flat[0].shape[-1]], axis=-1)
+    monkeypatch.setattr(_dispatch._Threads, "forced", 1)
+    expected = forward(problem)
+    for parts in (flat, halves):
+        heads = [
+            part.reshape(a.shape).swapaxes(1, 2) for part, a in zip(parts, (k, v), strict=True)
+        ]
+        assert heads[0].strides[1] == problem.D * heads[0].itemsize
+        for threads in (1, 2, 3):
+            monkeypatch.setattr(_dispatch._Threads, "forced", threads)
+            found = forward(problem.having(inputs=dict(zip("kv", heads, strict=True))))
+            assert_same_bits(found, expected)
+
+
 @pytest.mark.parametrize("path", ["decode", "packed"])
 def test_what_is_broadcast_by_strides(path):
     """q, k, v of one head or row for all, axes of stride zero; a bias by strides has its own

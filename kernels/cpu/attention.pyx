@@ -13,7 +13,7 @@ include "base.pxi"
 
 cdef extern from "attention.h" nogil:
     enum:
-        TILE_ROWS, KEY_BLOCK, QUERY_ROWS, DECODE_ROWS, FINITE_ONLY, SUMS_TURNED
+        TILE_ROWS, KEY_BLOCK, QUERY_ROWS, DECODE_ROWS, TURN_KEYS, FINITE_ONLY, SUMS_TURNED
     Py_ssize_t round_up(Py_ssize_t n)
     Py_ssize_t panel_reals(Py_ssize_t K, Py_ssize_t N)
     Py_ssize_t tile_height(Py_ssize_t n)
@@ -73,6 +73,7 @@ cdef extern from "attention.h" nogil:
     real dot(const real *a, const real *b, Py_ssize_t n)
     void dots(Py_ssize_t rows, const real **q, const real *k, Py_ssize_t ld, Py_ssize_t n,
               Py_ssize_t D, real **s)
+    void read_rows(const real *v, Py_ssize_t ld, Py_ssize_t n, Py_ssize_t DV)
     void weigh(Py_ssize_t rows, const real **p, const real *v, Py_ssize_t ld, Py_ssize_t n,
                Py_ssize_t DV, real **o)
     void weigh_sparse(const real *p, Py_ssize_t p_j, const real *v, Py_ssize_t ld, Py_ssize_t n,

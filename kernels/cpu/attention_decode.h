@@ -8,6 +8,7 @@
 enum {
     DECODE_ROWS = 4,
     WEIGH_SUMS = VBYTES == 64 ? 24 : 12, /* in registers; the rest holds weights and values */
+    TURN_KEYS = 32,  /* weighed at once, so that a sum is the same where heads take turns */
     REREAD_KEYS = 16                     /* whose values stay in L1 until the last rows are done */
 };
 
@@ -133,7 +134,7 @@ static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, c
     while (in_rows && height * vectors > WEIGH_SUMS)
         height = (height + 1) / 2;
     intptr_t most = in_rows || rows * MAX_NV <= WEIGH_SUMS ? MAX_NV : WEIGH_SUMS / rows;
-    intptr_t block = in_rows && height == rows && DV == vectors * VL ? n : REREAD_KEYS;
+    intptr_t block = in_rows && height == rows && DV == vectors * VL ? TURN_KEYS : REREAD_KEYS;
     const real *pj[DECODE_ROWS];
     for (intptr_t j = 0; j < n; j += block) {
         intptr_t keys = n - j < block ? n - j : block, d = 0;

@@ -61,7 +61,7 @@ cdef void run_forward(Call *call, int rank, int size) noexcept nogil:
     f.p = d.p = &call.p
     f.barrier, f.rank, f.size = call.barrier, rank, size
     d.parts = call.parts
-    decode_sizes(&d)
+    decode_sizes(&d, size)
     forward_layout(&f, &arena)
     decode_layout(&d, &arena)
     if call.packed == NULL:
@@ -153,7 +153,7 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     memset(&f, 0, sizeof(Forward))
     f.p = d.p = p
     forward_layout(&f, &none)
-    decode_sizes(&d)
+    decode_sizes(&d, threads)
     reals = p.B * p.NK * d.chunks * MOST_DECODE_ROWS * d.part_row
     call.parts = <real *>get_memory(max(reals, 1) * sizeof(real))
     if call.parts == NULL:
