@@ -180,13 +180,13 @@ def test_any_layout(path, dtype, layout):
     assert_same_bits(results(moved(problem, LAYOUTS[layout])), results(problem))
 
 
-# A key's heads one behind the other are decoded together, all, or 4 and 2 of 6 with 8 rows each;
-# fewer where threads would be idle.
+# A key's heads one behind the other are decoded together, from 4 MiB on: all, or 4 and 2 of 6 with
+# 8 rows each; fewer where threads would be idle.
 NEIGHBOURS = {
     "one-row": {"NH": 6, "NK": 6, "L": 1, "D": 64, "DV": 64},
     "rows-of-a-group": {"NH": 8, "NK": 2, "L": 1, "D": 128, "DV": 128},
-    "part-of-the-heads": {"NH": 12, "NK": 6, "L": 4, "D": 16, "DV": 16},
-    "odd": {"NH": 9, "NK": 3, "L": 2, "D": 11, "DV": 9},
+    "part-of-the-heads": {"NH": 12, "NK": 6, "L": 4, "D": 48, "DV": 48},
+    "odd": {"NH": 12, "NK": 4, "L": 2, "D": 75, "DV": 83},
 }
 OF_NEIGHBOURS = {
     "plain": {},
