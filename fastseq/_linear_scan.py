@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from functools import cache
+from math import prod
 from types import ModuleType
 
 import numpy as np
@@ -54,6 +55,13 @@ def _masks(op: str, a: Array, lengths, resets) -> tuple[Array | None, Array | No
     T, B, _ = a.shape
     lengths = _check.counts(op, "lengths", lengths, ("B", B), ("T", T))
     return lengths, _check.resets(op, resets, T, B)
+
+
+def _pair(shape: tuple[int, ...], dtype: np.dtype) -> tuple[Array, Array]:
+    """Two arrays in which cache lines begin at the same places."""
+    n = prod(shape)
+    both = np.empty((2, -(-n // 64) * 64), dtype)
+    return both[0, :n].reshape(shape), both[1, :n].reshape(shape)
 
 
 def _state(state: Array | None, a: Array) -> Array:
@@ -103,7 +111,7 @@ def backward(
         _check.shape(op, "dh", dh.shape, "T, B, C", a.shape)
     _check_state(op, "dh_n", dh_n, a)
     lengths, resets = _masks(op, a, lengths, resets)
-    da, db = np.empty((2, *a.shape), a.dtype)
+    da, db = _pair(a.shape, a.dtype)
     dh0 = np.empty(a.shape[1:], a.dtype)
     dh = np.broadcast_to(np.zeros(a.shape[1:], a.dtype), a.shape) if dh is None else rows(dh)
     a, h, h0, dh_n = rows(a), rows(h), _state(h0, a), _state(dh_n, a)

@@ -55,6 +55,14 @@ def test_batch_neighbours_do_not_matter(problem):
         assert_same_bits(results(alone), of_row(together, b))
 
 
+@pytest.mark.parametrize("problem", BITS, ids=str)
+def test_results_past_the_caches(problem, monkeypatch):
+    """Where they would not fit; rows of every alignment."""
+    stored = results(problem)
+    monkeypatch.setattr("fastseq.kernels.numba.linear_scan.STREAMED", 0)
+    assert_same_bits(results(problem), stored)
+
+
 def test_many_columns_are_numpys_loop_to_the_bit():
     problem = ScanProblem(T=50, B=3, C=70, dtype="float32")
     a, b, h = problem.inputs["a"], problem.inputs["b"], problem.inputs["h0"]

@@ -22,6 +22,8 @@ from numba.extending import intrinsic
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 OPTIONS = {"error_model": "numpy", "nogil": True}
+INLINED = OPTIONS | {"forceinline": True}
+CACHE_LINE = 64
 
 
 @intrinsic
@@ -41,9 +43,21 @@ def stack(typingctx, n, like):
     kind = types.CPointer(types.unliteral(like))
 
     def codegen(context, builder, signature, args):
-        return cgutils.alloca_once(builder, context.get_value_type(like), n.literal_value)
+        memory = cgutils.alloca_once(builder, context.get_value_type(like), n.literal_value)
+        memory.align = CACHE_LINE
+        return memory
 
     return kind(n, like), codegen
+
+
+@intrinsic
+def size_of(typingctx, like):
+    """Bytes of a number of like's type, a constant."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.intp, like.bitwidth // 8)
+
+    return types.intp(like), codegen
 
 
 @intrinsic
