@@ -19,9 +19,9 @@ from numba import carray, njit
 
 BLOCK = 1 << 16  # elements
 STREAMS = 4  # places of a block read at once: past L2 1.4 times as fast as one (Zen 3, 2 cores)
-# elements that one thread passes over: at 1.6e6 it is 1.2 times as slow as two on an idle machine,
-# and does not wait for a core that is busy, which took up to 30 times as long (Zen 3, 2 cores)
-SMALL = 1 << 21
+# elements that one thread passes over. At 1.6e6 two take 0.6 of the time (Zen 4), 0.8 on Zen 3,
+# where waiting for a core that others kept busy took up to 30 times as long
+SMALL = 1 << 20
 SQUARES, ABSOLUTES, POWERS, LARGEST, SCALE, LIMIT = range(6)
 
 # blocks, firsts: those of a Table; partials: (tasks,) and c: (1,) float64.
