@@ -3,7 +3,7 @@
     squares  sum x^2      absolutes  sum |x|      powers  sum |x|^p      largest  max |x|
     scale    x <- c x     limit      x <- min(max(x, -c), c)
 
-Arrays are cut into blocks of BLOCK elements; a task is one block, and threads draw tasks. A block's
+Arrays are cut into blocks of BLOCK elements; a task is one block, and threads take tasks. A block's
 sum is float64 and goes to partials[task], so the order of summation follows from sizes alone.
 `scale` takes the blocks from the last to the first: those read last are still in the cache.
 1 read of memory for a norm (2 FLOP an element), 1 read and 1 write for scaling and limiting.
@@ -123,9 +123,8 @@ def _pass(job, like):
     kind, partials = job.kind, at(job.partials, _SUM)
     exact_c = at(job.c, _SUM)[0]
     c = type(like)(exact_c)
-    drawn = take(job.counter)
-    while drawn < job.tasks:
-        task = job.tasks - 1 - drawn if kind == SCALE else drawn
+    task = take(job, job.tasks, kind == SCALE)
+    while task >= 0:
         array, start, n = _block(job, task)
         x = at(at(job.blocks, _INT)[array] + start * job.itemsize, like)
         if kind == SQUARES:
@@ -140,7 +139,7 @@ def _pass(job, like):
             _scale(x, n, c)
         else:
             _limit(x, n, c)
-        drawn = take(job.counter)
+        task = take(job, job.tasks, kind == SCALE)
 
 
 def pass_f32(job):

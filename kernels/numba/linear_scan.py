@@ -197,8 +197,8 @@ def _backward_tile(job, b, c, n, like):
 def _task(job):
     """The next tile: row, first column, columns; no columns at the end."""
     tiles = (job.C + job.tile - 1) // job.tile
-    task = take(job.counter)
-    if task >= job.B * tiles:
+    task = take(job, job.B * tiles, False)
+    if task < 0:
         return 0, 0, 0
     c = task % tiles * job.tile
     return task // tiles, c, min(job.tile, job.C - c)

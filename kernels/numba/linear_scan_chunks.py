@@ -42,8 +42,8 @@ def _steps(job, k):
 def _task(job):
     """The next group of LANES chunks: row, column, first chunk, steps of its last; -1: none."""
     groups = job.chunks // LANES
-    task = take(job.counter)
-    if task >= job.B * job.C * groups:
+    task = take(job, job.B * job.C * groups, False)
+    if task < 0:
         return -1, 0, 0, 0
     q, first = task // groups, task % groups * LANES
     return q // job.C, q % job.C, first, _steps(job, first + LANES - 1)
@@ -138,8 +138,8 @@ def _scans(job, like):
 def _carries(job, like):
     """The states before all chunks, column by column."""
     ends, products, states = at(job.ends, like), at(job.products, like), at(job.states, like)
-    q = take(job.counter)
-    while q < job.B * job.C:
+    q = take(job, job.B * job.C, False)
+    while q >= 0:
         b, c = q // job.C, q % job.C
         a_b, x_b = job.a + b * job.a_b, job.x + b * job.x_b
         state = at(job.initial + b * job.initial_b, like)[c]
@@ -152,7 +152,7 @@ def _carries(job, like):
             for t in range(k * job.chunk, k * job.chunk + _steps(job, k)):
                 a, x = at(a_b + t * job.a_t, like)[c], at(x_b + t * job.x_t, like)[c]
                 state = x if _reset(job, t, b) else a * state + x
-        q = take(job.counter)
+        q = take(job, job.B * job.C, False)
 
 
 def folds_f32(job):
