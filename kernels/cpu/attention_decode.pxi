@@ -205,20 +205,21 @@ cdef void decode_join(const Decode *d, Py_ssize_t n) noexcept nogil:
 
 
 cdef void decode_all(Decode *d, Barrier *barrier, int rank, int size,
-                     int64_t *counter) noexcept nogil:
+                     int64_t *shares) noexcept nogil:
     cdef const Problem *p = d.p
     cdef Py_ssize_t n, b, chunk, hk, groups
-    cdef int64_t task
+    cdef int64_t task, tasks
     if d.chunks == 0:
         return
     groups = ceil_div(p.NK, d.heads)
-    task = next_task(counter)
-    while task < p.B * groups * d.chunks:
+    tasks = p.B * groups * d.chunks
+    task = next_of_share(shares, tasks, rank, size)
+    while task >= 0:
         n, chunk = task // d.chunks, task % d.chunks
         b, hk = n // groups, n % groups * d.heads
         if is_decode(p, b) and (chunk == 0 or chunk * CHUNK_KEYS < p.kv_len[b]):
             decode_task(d, b, hk, imin(hk + d.heads, p.NK), chunk)
-        task = next_task(counter)
+        task = next_of_share(shares, tasks, rank, size)
     barrier_wait(barrier, size)
     n = rank
     while n < p.B * p.NK:
