@@ -190,7 +190,7 @@ NEIGHBOURS = {
 }
 OF_NEIGHBOURS = {
     "plain": {},
-    "window": {"causal": "bottom_right", "window": (1050, 0), "ragged": "kv", "mask": "LxS"},
+    "window": {"causal": "bottom_right", "window": (2050, 0), "ragged": "kv", "mask": "LxS"},
 }
 
 
@@ -199,7 +199,7 @@ OF_NEIGHBOURS = {
 @every_dtype
 def test_neighbouring_heads_decode_together(dtype, sizes, fields, monkeypatch):
     """Keys and values in arrays of their own, and side by side in one."""
-    problem = AttentionProblem(**{"B": 2, "S": 1100, **sizes, **fields}, dtype=dtype)
+    problem = AttentionProblem(**{"B": 2, "S": 2100, **sizes, **fields}, dtype=dtype)
     k, v = (problem.inputs[name].swapaxes(1, 2) for name in "kv")  # (B, S, NK, D or DV)
     flat = [a.reshape(*a.shape[:2], -1) for a in (k, v)]
     halves = np.split(np.concatenate(flat, axis=-1), [flat[0].shape[-1]], axis=-1)
