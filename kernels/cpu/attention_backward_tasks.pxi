@@ -142,11 +142,11 @@ cdef void backward_slabs(Backward *g, Barrier *barrier, int rank, int size,
         n += size
 
 
-cdef void backward_heads(Backward *g, int rank, int size, int64_t *shares) noexcept nogil:
+cdef void backward_heads(Backward *g, int rank, int size, int64_t *taken) noexcept nogil:
     cdef const Problem *p = g.p
     cdef Py_ssize_t b
-    cdef int64_t task = next_of_share(shares, p.B * p.NK, rank, size)
+    cdef int64_t task = next_of_share(taken, p.B * p.NK, rank, size)
     while task >= 0:
         b = task // p.NK
         backward_task(g, b, task % p.NK, 0, slabs(p, b))
-        task = next_of_share(shares, p.B * p.NK, rank, size)
+        task = next_of_share(taken, p.B * p.NK, rank, size)

@@ -8,9 +8,11 @@
 enum {
     DECODE_ROWS = 4,
     WEIGH_SUMS = VBYTES == 64 ? 24 : 12, /* in registers; the rest holds weights and values */
-    TURN_KEYS = 32,  /* weighed at once, so that a sum is the same where heads take turns */
+    TURN_KEYS = 32,                      /* that heads take in turn, and that a chain sums */
     REREAD_KEYS = 16                     /* whose values stay in L1 until the last rows are done */
 };
+/* or the sums of values, and what dots writes past a turn's keys, depended on the turns */
+_Static_assert(TURN_KEYS % REREAD_KEYS == 0 && TURN_KEYS % VL == 0, "turns are of whole blocks");
 
 /* Keys and values of a decoding step come from memory once. They are read in the order in which
  * they lie there, then the core's prefetchers keep up: 20 to 35 GB/s on one core, as much as a

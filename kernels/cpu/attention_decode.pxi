@@ -1,10 +1,11 @@
 # Few queries, many keys: a decoding step. The query heads of a group are the rows of one tile, so
 # keys and values are read once and not packed; they are cut into chunks, whatever the thread count,
 # which threads share. Each chunk leaves m, l and the weighted values of its rows; they are joined
-# in the order of the chunks. Each is two streams, keys and values: they are long where the heads
-# alone are enough for a few threads (1.02 to 1.16 times as fast, Zen 4).
-# Heads of a key that are neighbours in memory are one task, in turns of TURN_KEYS keys, whose rows
-# are read in their order first: 1.4 to 2 times as fast from memory, 0.75 to 1.1 from L3 (Zen 4).
+# in the order of the chunks. Long chunks are long streams, 1.01 to 1.16 times as fast on two
+# threads (Zen 4), but tasks for half as many; MANY_HEADS heads have some left.
+# Heads of a key that are neighbours in memory are one task, if enough tasks are left, in turns of
+# TURN_KEYS keys. If it has all heads, a turn's rows are read first, in the order in which they lie:
+# 1.4 to 2 times as fast from memory, 0.75 to 1.1 from L3 (Zen 4).
 # Cost: S (D + DV) reals read a head. Source: Dao et al., Flash-Decoding, 2023.
 
 cdef enum:
@@ -30,11 +31,11 @@ cdef struct DecodeTile:             # rows of one key/value head, against a chun
 
 cdef struct Decode:                 # one thread's
     const Problem *p
-    Py_ssize_t heads                # of a task
-    DecodeTile *tiles               # TASK_ROWS
-    real *q                         # (TASK_ROWS, round_up(D)), scaled
-    real *s                         # (TASK_ROWS, chunk_keys + 16)
-    real *parts                     # all threads': (heads, chunks, MOST_DECODE_ROWS, part_row)
+    Py_ssize_t task_heads           # key/value heads of a task
+    DecodeTile *tiles               # of a task: as many as task_rows
+    real *q                         # (task_rows, round_up(D)), scaled
+    real *s                         # (task_rows, chunk_keys + 16)
+    real *parts                     # all threads': (B NK, chunks, MOST_DECODE_ROWS, part_row)
     Py_ssize_t chunk_keys
     Py_ssize_t chunks, part_row     # of the longest sequence; acc (DV) | m | l
 
@@ -44,7 +45,7 @@ cdef inline bint is_decode(const Problem *p, Py_ssize_t b) noexcept nogil:
 
 
 cdef void decode_layout(Decode *d, char **arena) noexcept nogil:
-    cdef Py_ssize_t rows = TASK_ROWS if d.heads > 1 else MOST_DECODE_ROWS
+    cdef Py_ssize_t rows = TASK_ROWS if d.task_heads > 1 else MOST_DECODE_ROWS
     d.tiles = <DecodeTile *>take(arena, rows * sizeof(DecodeTile))
     d.q = <real *>take(arena, rows * round_up(d.p.D) * sizeof(real))
     d.s = <real *>take(arena, rows * (d.chunk_keys + 16) * sizeof(real))
@@ -66,12 +67,12 @@ cdef void decode_sizes(Decode *d, int threads) noexcept nogil:
             d.chunks = max(d.chunks, max(1, ceil_div(p.kv_len[b], d.chunk_keys)))
             rows = max(rows, p.q_len[b] * p.group)
             keys += p.kv_len[b]
-    d.heads = 1
+    d.task_heads = 1
     if (are_neighbours(p, &p.k, p.D) and are_neighbours(p, &p.v, p.DV)
             and keys * p.NK * (p.D + p.DV) * <Py_ssize_t>sizeof(real) >= TOGETHER):
-        d.heads = imin(p.NK, TASK_ROWS // rows)
-    while d.heads > 1 and p.B * d.chunks * ceil_div(p.NK, d.heads) < threads:
-        d.heads = ceil_div(d.heads, 2)
+        d.task_heads = imin(p.NK, TASK_ROWS // rows)
+    while d.task_heads > 1 and p.B * d.chunks * ceil_div(p.NK, d.task_heads) < threads:
+        d.task_heads = ceil_div(d.task_heads, 2)
 
 
 cdef inline real *decode_part(const Decode *d, Py_ssize_t n, Py_ssize_t chunk,
@@ -80,15 +81,15 @@ cdef inline real *decode_part(const Decode *d, Py_ssize_t n, Py_ssize_t chunk,
 
 
 cdef void open_tile(Decode *d, DecodeTile *t, Py_ssize_t place, Py_ssize_t n, Py_ssize_t chunk,
-                    Py_ssize_t first) noexcept nogil:
-    """Rows from `first` on of head n = b * NK + hk against one chunk; their place among the task's
-    rows."""
+                    Py_ssize_t first, Py_ssize_t rows) noexcept nogil:
+    """Rows first : first + rows of head n = b * NK + hk against one chunk. `place` is the first
+    one's among the task's rows."""
     cdef const Problem *p = d.p
     cdef Py_ssize_t b = n // p.NK, hk = n % p.NK, j0 = chunk * d.chunk_keys, j1, r, i, h, lo, hi
     cdef real *q
     j1 = imin(j0 + d.chunk_keys, p.kv_len[b])
-    t.keys.lo, t.keys.hi = j1, j0
-    for r in range(t.rows):
+    t.rows, t.keys.lo, t.keys.hi = rows, j1, j0
+    for r in range(rows):
         i, h = (first + r) // p.group, hk * p.group + (first + r) % p.group
         limits(p, b, i, &lo, &hi)
         row_options(p, b, h, i, &t.options[r])
@@ -105,52 +106,54 @@ cdef void open_tile(Decode *d, DecodeTile *t, Py_ssize_t place, Py_ssize_t n, Py
     t.k, t.v = of_key(p, &p.k, b, hk, t.keys.lo), of_key(p, &p.v, b, hk, t.keys.lo)
 
 
-cdef void read_turn(const Decode *d, const real *x, Py_ssize_t ld, Py_ssize_t width,
-                    Py_ssize_t keys) noexcept nogil:
-    """All heads' rows of a turn's keys, where they are all there is between two keys."""
-    if d.heads > 1 and d.heads == d.p.NK:
-        read_rows(x, ld, keys, d.heads * width)
+cdef void decode_turn(const Decode *d, DecodeTile *t, Py_ssize_t at, Py_ssize_t keys, bint values,
+                      bint read_first) noexcept nogil:
+    """Scores of a tile's keys from its key `at` on, or with `values` what their weights make of the
+    values. `read_first`: the rows of all heads, of which the tile's is the first."""
+    cdef const Problem *p = d.p
+    cdef const real *x = t.v + at * p.v.i if values else t.k + at * p.k.i
+    cdef real *s[DECODE_ROWS]
+    cdef Py_ssize_t r
+    for r in range(t.rows):
+        s[r] = t.s[r] + at
+    if read_first:
+        read_rows(x, p.v.i if values else p.k.i, keys, p.NK * (p.DV if values else p.D))
+    if values:
+        weigh(t.rows, <const real **>s, x, p.v.i, keys, p.DV, t.acc)
+    else:
+        dots(t.rows, t.q, x, p.k.i, keys, p.D, s)
 
 
 cdef void decode_turns(const Decode *d, Py_ssize_t tiles, bint values) noexcept nogil:
-    """Scores of all tiles, or with `values` what their weights make of the values."""
-    cdef const Problem *p = d.p
-    cdef Py_ssize_t at = 0, most = TURN_KEYS if d.heads > 1 else d.chunk_keys, keys, number, r
+    """`decode_turn` of all keys of all tiles; where there are several, they take turns."""
+    cdef bint together = d.task_heads > 1, all_heads = together and d.task_heads == d.p.NK
+    cdef Py_ssize_t at = 0, most = TURN_KEYS if together else d.chunk_keys, end = 0, keys, number
     cdef DecodeTile *t
-    cdef real *s[DECODE_ROWS]
-    while at < d.chunk_keys:
+    for number in range(tiles):
+        t = &d.tiles[number]
+        end = max(end, t.keys.hi - t.keys.lo)
+    while at < end:
         for number in range(tiles):
             t = &d.tiles[number]
             keys = imin(most, t.keys.hi - t.keys.lo - at)
-            if keys <= 0:
-                continue
-            for r in range(t.rows):
-                s[r] = t.s[r] + at
-            if values:
-                if number == 0:
-                    read_turn(d, t.v + at * p.v.i, p.v.i, p.DV, keys)
-                weigh(t.rows, <const real **>s, t.v + at * p.v.i, p.v.i, keys, p.DV, t.acc)
-            else:
-                if number == 0:
-                    read_turn(d, t.k + at * p.k.i, p.k.i, p.D, keys)
-                dots(t.rows, t.q, t.k + at * p.k.i, p.k.i, keys, p.D, s)
+            if keys > 0:
+                decode_turn(d, t, at, keys, values, all_heads and number == 0)
         at += most
 
 
-cdef void decode_task(Decode *d, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t end,
+cdef void decode_task(Decode *d, Py_ssize_t b, Py_ssize_t first_head, Py_ssize_t end,
                       Py_ssize_t chunk) noexcept nogil:
-    """Heads hk : end of sequence b against one chunk."""
+    """Heads first_head : end of sequence b against one chunk."""
     cdef const Problem *p = d.p
-    cdef Py_ssize_t rows = p.q_len[b] * p.group, tiles = 0, place = 0, first, number, r
+    cdef Py_ssize_t rows = p.q_len[b] * p.group, tiles = 0, place = 0, first, height, hk, number, r
     cdef DecodeTile *t
-    for hk in range(hk, end):
+    for hk in range(first_head, end):
         first = 0
         while first < rows:
-            t = &d.tiles[tiles]
-            t.rows = ceil_div(rows - first, ceil_div(rows - first, DECODE_ROWS))
-            open_tile(d, t, place, b * p.NK + hk, chunk, first)
-            first += t.rows
-            place += t.rows
+            height = ceil_div(rows - first, ceil_div(rows - first, DECODE_ROWS))
+            open_tile(d, &d.tiles[tiles], place, b * p.NK + hk, chunk, first, height)
+            first += height
+            place += height
             tiles += 1
     decode_turns(d, tiles, False)
     for number in range(tiles):
@@ -208,21 +211,21 @@ cdef void decode_join(const Decode *d, Py_ssize_t n) noexcept nogil:
 
 
 cdef void decode_all(Decode *d, Barrier *barrier, int rank, int size,
-                     int64_t *shares) noexcept nogil:
+                     int64_t *taken) noexcept nogil:
     cdef const Problem *p = d.p
     cdef Py_ssize_t n, b, chunk, hk, groups
     cdef int64_t task, tasks
     if d.chunks == 0:
         return
-    groups = ceil_div(p.NK, d.heads)
+    groups = ceil_div(p.NK, d.task_heads)
     tasks = p.B * groups * d.chunks
-    task = next_of_share(shares, tasks, rank, size)
+    task = next_of_share(taken, tasks, rank, size)
     while task >= 0:
         n, chunk = task // d.chunks, task % d.chunks
-        b, hk = n // groups, n % groups * d.heads
+        b, hk = n // groups, n % groups * d.task_heads
         if is_decode(p, b) and (chunk == 0 or chunk * d.chunk_keys < p.kv_len[b]):
-            decode_task(d, b, hk, imin(hk + d.heads, p.NK), chunk)
-        task = next_of_share(shares, tasks, rank, size)
+            decode_task(d, b, hk, imin(hk + d.task_heads, p.NK), chunk)
+        task = next_of_share(taken, tasks, rank, size)
     barrier_wait(barrier, size)
     n = rank
     while n < p.B * p.NK:

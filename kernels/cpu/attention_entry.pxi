@@ -44,7 +44,7 @@ cdef struct Call:
     bint backward, failed           # some thread got no memory
     Barrier *barrier
     int64_t *counters               # one per wave; or one
-    int64_t *shares                 # (2, threads, SHARE): of decoding, and of whole heads
+    int64_t *taken                  # of next_of_share: decoding's, then whole heads'; or theirs
     # a wave's keys and values, or NULL: every thread packs its own heads
     real *packed
     real *parts                     # of decoding; or of dQ, or NULL: every thread has its own heads
@@ -78,9 +78,9 @@ cdef void run_forward(Call *call, int rank, int size) noexcept nogil:
         forward_layout(&f, &arena)
         decode_layout(&d, &arena)
         f.pack = <real *>arena
-        decode_all(&d, call.barrier, rank, size, call.shares)
+        decode_all(&d, call.barrier, rank, size, call.taken)
         panels_begin()
-        forward_all(&f, call.packed, call.counters, call.shares + size * SHARE)
+        forward_all(&f, call.packed, call.counters, call.taken + size * COUNTER_STRIDE)
         panels_end()
     free(at)
 
@@ -101,7 +101,7 @@ cdef void run_backward(Call *call, int rank, int size) noexcept nogil:
         backward_layout(&g, &arena)
         panels_begin()
         if call.parts == NULL:
-            backward_heads(&g, rank, size, call.shares)
+            backward_heads(&g, rank, size, call.taken)
         else:
             backward_slabs(&g, call.barrier, rank, size, call.counters)
         panels_end()
@@ -135,13 +135,13 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     cdef Decode d
     cdef char *none = NULL
     cdef Py_ssize_t reals = 0, b, waves = p.B * p.NK, counted
-    counted = 128 + (2 * SHARE * threads + max(waves, 1)) * sizeof(int64_t)
+    counted = 128 + (2 * COUNTER_STRIDE * threads + max(waves, 1)) * sizeof(int64_t)
     call.barrier = <Barrier *>get_memory(counted)
     if call.barrier == NULL:
         return False
     memset(call.barrier, 0, counted)
-    call.shares = <int64_t *>(<char *>call.barrier + 128)
-    call.counters = call.shares + 2 * SHARE * threads
+    call.taken = <int64_t *>(<char *>call.barrier + 128)
+    call.counters = call.taken + 2 * COUNTER_STRIDE * threads
     if call.backward:
         if backward_by_heads(p, threads):
             return True

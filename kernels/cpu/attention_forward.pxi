@@ -258,26 +258,26 @@ cdef bint forward_by_heads(const Problem *p, int threads) noexcept nogil:
     return rows <= FEW_BLOCKS * QUERY_ROWS and p.B * p.NK >= 4 * threads
 
 
-cdef void forward_heads(Forward *f, int64_t *shares) noexcept nogil:
+cdef void forward_heads(Forward *f, int64_t *taken) noexcept nogil:
     cdef const Problem *p = f.p
     cdef Py_ssize_t b, hk, block
-    cdef int64_t n = next_of_share(shares, p.B * p.NK, f.rank, f.size)
+    cdef int64_t n = next_of_share(taken, p.B * p.NK, f.rank, f.size)
     while n >= 0:
         b, hk = n // p.NK, n % p.NK
         for block in range(key_blocks(p, b)):
             pack_block(f, b, hk, block, f.pack + block * f.block_reals)
         for block in range(query_blocks(p, b)):
             forward_block(f, b, hk, block * QUERY_ROWS, f.pack)
-        n = next_of_share(shares, p.B * p.NK, f.rank, f.size)
+        n = next_of_share(taken, p.B * p.NK, f.rank, f.size)
 
 
 cdef void forward_all(Forward *f, real *packed, int64_t *counters,
-                      int64_t *shares) noexcept nogil:
+                      int64_t *taken) noexcept nogil:
     """`packed` NULL: whole heads."""
     cdef const Problem *p = f.p
     cdef Py_ssize_t n0 = 0, n1, wave = 0
     if packed == NULL:
-        forward_heads(f, shares)
+        forward_heads(f, taken)
         return
     while n0 < p.B * p.NK:
         n1 = wave_end(p, n0, f.block_reals)

@@ -102,21 +102,24 @@ cdef Py_ssize_t most_of(const int64_t *n, Py_ssize_t B) noexcept nogil:
 
 
 cdef enum:
-    SHARE = 8                       # from one thread's counter to the next one's: a cache line
+    COUNTER_STRIDE = 8              # from one thread's counter to the next one's: a cache line
 
 
-cdef int64_t next_of_share(int64_t *shares, int64_t tasks, int rank, int size) noexcept nogil:
+cdef int64_t next_of_share(int64_t *taken, int64_t tasks, int rank, int size) noexcept nogil:
     """The next task for a thread, -1 if there is none: of its own share, the same in every call,
     whose keys and values are then in its cache; then of what others have not begun. Decoding on
-    keys in cache is 1.2 to 1.4 times as fast as by one counter for all (Zen 4)."""
+    keys in cache is 1.2 to 1.45 times as fast as by one counter for all (Zen 4).
+
+    taken: (size, COUNTER_STRIDE), zeros before the first task: how many each share has given."""
     cdef int k, r
-    cdef int64_t first, task
+    cdef int64_t first, count, task
     for k in range(size):
         r = (rank + k) % size
-        first = share(tasks, r, size)
-        task = first + fetch_add(shares + r * SHARE, 1)
-        if task < share(tasks, r + 1, size):
-            return task
+        first, count = share(tasks, r, size), share(tasks, r + 1, size) - share(tasks, r, size)
+        if taken[r * COUNTER_STRIDE] < count:
+            task = fetch_add(taken + r * COUNTER_STRIDE, 1)
+            if task < count:
+                return first + task
     return -1
 
 
