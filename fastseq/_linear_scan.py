@@ -58,8 +58,8 @@ def _masks(op: str, a: Array, lengths, resets) -> tuple[Array | None, Array | No
 
 
 def _pair(shape: tuple[int, ...], dtype: np.dtype) -> tuple[Array, Array]:
-    """Two arrays in which cache lines begin at the same places."""
-    n = prod(shape)
+    """Two arrays in which cache lines begin at the same places, so that both can be streamed."""
+    n = prod(shape)  # rounded up to a multiple of 64, which are whole lines of numbers of any size
     both = np.empty((2, -(-n // 64) * 64), dtype)
     return both[0, :n].reshape(shape), both[1, :n].reshape(shape)
 

@@ -16,7 +16,7 @@ from fastseq.attention import attention, attention_varlen
 from fastseq.linear_scan import linear_scan, linear_scan_vjp, min_gru, min_lstm, min_vjp
 from fastseq.position import rotary
 
-_signature = cache(inspect.signature)  # which takes 20 us
+_signature = cache(inspect.signature)  # 20 us each time (Zen 4)
 
 
 def _recurrent(fn: Callable, given: dict) -> tuple[tuple, Callable]:

@@ -181,16 +181,19 @@ def test_any_layout(path, dtype, layout):
 
 
 # A key's heads one behind the other are decoded together, from 4 MiB on: all, or 4 and 2 of 6 with
-# 8 rows each; fewer where threads would be idle.
+# 8 rows each; with one chunk of keys fewer, so that every thread has some.
+TOGETHER = 1 << 22
 NEIGHBOURS = {
     "one-row": {"NH": 6, "NK": 6, "L": 1, "D": 64, "DV": 64},
     "rows-of-a-group": {"NH": 8, "NK": 2, "L": 1, "D": 128, "DV": 128},
     "part-of-the-heads": {"NH": 12, "NK": 6, "L": 4, "D": 48, "DV": 48},
+    "one-chunk": {"B": 1, "NH": 16, "NK": 8, "L": 1, "S": 2000, "D": 64, "DV": 64},
     "odd": {"NH": 12, "NK": 4, "L": 2, "D": 75, "DV": 83},
 }
 OF_NEIGHBOURS = {
     "plain": {},
     "window": {"causal": "bottom_right", "window": (2050, 0), "ragged": "kv", "mask": "LxS"},
+    "a-mask-a-head": {"mask": "BxNHxLxS"},
 }
 
 
@@ -198,8 +201,14 @@ OF_NEIGHBOURS = {
 @pytest.mark.parametrize("sizes", NEIGHBOURS.values(), ids=NEIGHBOURS)
 @every_dtype
 def test_neighbouring_heads_decode_together(dtype, sizes, fields, monkeypatch):
-    """Keys and values in arrays of their own, and side by side in one."""
+    """Keys and values in arrays of their own, and side by side in one; heads that attend nothing in
+    the first chunk, or only later keys, and a value that nobody may read."""
     problem = AttentionProblem(**{"B": 2, "S": 2100, **sizes, **fields}, dtype=dtype)
+    if fields.get("mask") == "BxNHxLxS":
+        mask, values = problem.options["mask"].copy(), problem.inputs["v"].copy()
+        mask[:, 0, :, :2048], mask[:, 1, :, :100], mask[..., 7] = False, False, False
+        values[:, :, 7] = np.nan
+        problem = problem.having(options={"mask": mask}, inputs={"v": values})
     k, v = (problem.inputs[name].swapaxes(1, 2) for name in "kv")  # (B, S, NK, D or DV)
     flat = [a.reshape(*a.shape[:2], -1) for a in (k, v)]
     halves = np.split(np.concatenate(flat, axis=-1), [flat[0].shape[-1]], axis=-1)
@@ -210,6 +219,7 @@ def test_neighbouring_heads_decode_together(dtype, sizes, fields, monkeypatch):
             part.reshape(a.shape).swapaxes(1, 2) for part, a in zip(parts, (k, v), strict=True)
         ]
         assert heads[0].strides[1] == problem.D * heads[0].itemsize
+        assert fields.get("ragged") or sum(part.nbytes for part in flat) >= TOGETHER
         for threads in (1, 2, 3):
             monkeypatch.setattr(_dispatch._Threads, "forced", threads)
             found = forward(problem.having(inputs=dict(zip("kv", heads, strict=True))))

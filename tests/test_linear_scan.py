@@ -35,9 +35,9 @@ CASES = [
     for function, dtype, (name, flags) in product(FUNCTIONS, DTYPES, FLAGS.items())
     if function != "linear_scan" or name != "nobias"
 ]
-SCANS = [
-    ScanProblem(C=19, dtype=dtype, ragged=ragged, resets=0.25 * resets, reverse=reverse)
-    for dtype, ragged, resets, reverse in product(DTYPES, BOOL, BOOL, BOOL)
+SCANS = [  # rows below and above what is computed as Lines
+    ScanProblem(C=C, dtype=dtype, ragged=ragged, resets=0.25 * resets, reverse=reverse)
+    for C, dtype, ragged, resets, reverse in product((19, 301), DTYPES, BOOL, BOOL, BOOL)
 ]
 # In chunks of time: states that last over chunks, that die within one, products that leave [-1, 1].
 CHUNKED = [

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fastseq.kernels.numba import native
 from linear_scan_problems import ScanProblem
 from linear_scan_running import LONG, assert_solved, results, solve
 from running import LAYOUTS, assert_same_bits, moved, python
@@ -19,6 +20,8 @@ BITS = [
     ScanProblem(T=40, B=13, C=33, ragged=True, resets=0.25),
     ScanProblem(T=40, B=13, C=33),
     ScanProblem(T=300, B=3, C=1000),
+    ScanProblem(T=30, B=5, C=301, ragged=True, resets=0.25),
+    ScanProblem(T=30, B=5, C=301, ragged=True, resets=0.25, reverse=True),
     ScanProblem(T=LONG + 77, B=3, C=2, decay=1e-3),
     ScanProblem(T=LONG, B=3, C=3, decay=1e-3, ragged=True, resets=0.01, reverse=True),
 ]
@@ -55,12 +58,14 @@ def test_batch_neighbours_do_not_matter(problem):
         assert_same_bits(results(alone), of_row(together, b))
 
 
-@pytest.mark.parametrize("problem", BITS, ids=str)
+@pytest.mark.parametrize("problem", [p for p in BITS if p.C > 300], ids=str)
 def test_results_past_the_caches(problem, monkeypatch):
-    """Where they would not fit; rows of every alignment."""
-    stored = results(problem)
+    """As if they did not fit; rows of every alignment, next to rows after a reset."""
+    stored, paths, job = results(problem), [], native.job
     monkeypatch.setattr("fastseq.kernels.numba.linear_scan.STREAMED", 0)
+    monkeypatch.setattr(native, "job", lambda *args: paths.append(args[0][4]) or job(*args))
     assert_same_bits(results(problem), stored)
+    assert set(paths) == {True}
 
 
 def test_many_columns_are_numpys_loop_to_the_bit():

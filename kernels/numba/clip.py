@@ -5,7 +5,7 @@
 
 Arrays are cut into blocks of BLOCK elements; a task is one block, and threads take tasks. A block's
 sum is float64 and goes to partials[task], so the order of summation follows from sizes alone.
-`scale` takes the blocks from the last to the first: those read last are still in the cache.
+In `scale` each thread takes its share from the last to the first: those read last are in its cache.
 1 read of memory for a norm (2 FLOP an element), 1 read and 1 write for scaling and limiting.
 Source: Pascanu, Mikolov & Bengio, arXiv:1211.5063.
 """
@@ -19,8 +19,8 @@ from numba import carray, njit
 
 BLOCK = 1 << 16  # elements
 STREAMS = 4  # places of a block read at once: past L2 1.4 times as fast as one (Zen 3, 2 cores)
-# elements that one thread passes over. At 1.6e6 two take 0.6 of the time (Zen 4), 0.8 on Zen 3,
-# where waiting for a core that others kept busy took up to 30 times as long
+# Elements that one thread passes over: at 1.6e6 two take 0.6 of the time (Zen 4), 0.8 on Zen 3.
+# There, waiting for a core that others kept busy took up to 30 times as long, as in every kernel.
 SMALL = 1 << 20
 SQUARES, ABSOLUTES, POWERS, LARGEST, SCALE, LIMIT = range(6)
 

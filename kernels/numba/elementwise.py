@@ -48,7 +48,8 @@ def copy(typingctx, target, source, n):
     def codegen(context, builder, signature, args):
         size = context.get_abi_sizeof(context.get_data_type(target.dtype))
         cgutils.raw_memcpy(builder, args[0], args[1], args[2], size, align=1)
-        # or LLVM makes of a row's copies a call of memcpy, 64 to 256 bytes long
+        # An empty statement between copies: LLVM would join those of a row to a call of memcpy.
+        # User-written cells train 1.00 to 1.04 times as fast (Zen 4).
         builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], side_effect=True)
 
     return types.void(target, source, types.intp), codegen

@@ -95,7 +95,9 @@ def take(job, tasks, backwards):
     for k in range(job.threads):
         r = (rank + k) % job.threads
         first, end = r * tasks // job.threads, (r + 1) * tasks // job.threads
-        task = first + _count(job.shares + r * CACHE_LINE)
+        if at(job.taken, 0)[r * (CACHE_LINE // 8)] >= end - first:
+            continue
+        task = first + _count(job.taken + r * CACHE_LINE)
         if task < end:
             return first + end - 1 - task if backwards else task
     return -1
@@ -106,7 +108,7 @@ def record(*numbers, **axes):
 
     record("T", a="tb") has the fields of `take`, T, a, a_t, a_b; all int64.
     """
-    names = ["shares", "threads", "rank_of", *numbers]
+    names = ["taken", "threads", "rank_of", *numbers]
     for name, letters in axes.items():
         names += [name, *(f"{name}_{letter}" for letter in letters)]
     return np.dtype([(name, np.int64) for name in names])
@@ -176,8 +178,8 @@ _OPENMP = _openmp()
 def run(kernel, job, threads):
     """Call kernel(job) once on each of the threads, and wait."""
     threads = threads if _OPENMP is not None else 1
-    shares, where = array("q", bytes(CACHE_LINE * threads)), job.buffer_info()[0]
-    job[0], job[1] = shares.buffer_info()[0], threads
+    taken, where = array("q", bytes(CACHE_LINE * threads)), job.buffer_info()[0]
+    job[0], job[1] = taken.buffer_info()[0], threads
     if threads > 1:
         parallel, job[2] = _OPENMP
         parallel(kernel, where, threads, 0)
