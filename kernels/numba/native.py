@@ -21,6 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_MEMORY = ctypes.c_char * 0  # a third of the time of __array_interface__
 OPTIONS = {"error_model": "numpy", "nogil": True}
 INLINED = OPTIONS | {"forceinline": True}
 CACHE_LINE = 64
@@ -127,6 +128,8 @@ def job(numbers, arrays):
 
 def address(a):
     """Where an array's first element is."""
+    if a.flags.carray:  # contiguous, aligned, writeable
+        return ctypes.addressof(_MEMORY.from_buffer(a))
     return a.__array_interface__["data"][0]
 
 
