@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import math
@@ -12,12 +11,12 @@ from types import ModuleType
 import numpy as np
 
 from fastseq import _check, _dispatch
+from fastseq.kernels.cpu.contract import address
 
 EPS = 1e-6  # torch's, in the denominator of the coefficient
 F32: np.dtype
 F64: np.dtype
 F32, F64 = _check.FLOATS
-_Memory = ctypes.c_char * 0  # a third of the time of __array_interface__
 
 
 class Batch:
@@ -39,8 +38,7 @@ class Batch:
             raise ValueError(f"{self.op}: {name} must be writeable, got a read-only array")
         if flags.forc and flags.aligned:
             addresses, sizes = self.blocks[a.dtype]
-            memory = _Memory.from_buffer((a if flags.c_contiguous else a.T).data)
-            addresses.append(ctypes.addressof(memory))
+            addresses.append(address(a if flags.c_contiguous else a.T))
             sizes.append(a.size)
         else:
             self.strided.append(a)

@@ -55,14 +55,15 @@ CASES += [  # more queries than keys: an offset below zero, rows before all keys
 ONE = {"B": 1, "NH": 1, "NK": 1}
 GROUP = {"B": 2, "NH": 4, "NK": 2}
 # About every size at which a kernel cuts: packed keys 256, or 512 with AVX-512; decoding's chunks
-# 1024 and the 16 keys whose values it may read twice; 48 queries of a block, forward and backward;
-# backward's 192 keys, and its slabs: one up to 192 keys, 2, 3, 4 of them, 3 again; its segments of
-# 2048 queries.
+# 1024, or 2048 with 4 key heads, and the 16 and 32 keys it sums at once; 48 queries of a block,
+# forward and backward; backward's 192 keys, and its slabs: one up to 192 keys, 2, 3, 4 of them, 3
+# again; its segments of 2048 queries.
 SOME_KEYS = (191, 193, 255, 256, 257, 385, 511, 512, 513)
 CUTS = [
     *({**GROUP, "L": 11, "S": s, "D": 5, "DV": 3} for s in SOME_KEYS),
     *({**ONE, "L": 9, "S": s, "D": 3, "DV": 5} for s in (576, 577, 769, 1537, 2100)),
     *({**GROUP, "L": 1, "S": s, "D": 9, "DV": 17} for s in (63, 64, 65, 1023, 1024, 1025, 2100)),
+    *({"B": 1, "NH": 4, "NK": 4, "L": 1, "S": s, "D": 9, "DV": 17} for s in (2047, 2048, 2049)),
     *({**ONE, "L": n, "S": 21, "D": 5, "DV": 3} for n in (8, 47, 48, 49, 97, 2047, 2048, 2050)),
     *({**GROUP, "L": n, "S": 21, "D": 5, "DV": 3} for n in (3, 4, 5, 23, 24, 25)),
     {"B": 1, "NH": 7, "NK": 1, "L": 7, "S": 600, "D": 5, "DV": 3},  # 49 rows of one group

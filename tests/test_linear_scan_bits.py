@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fastseq.kernels.numba import native
+from fastseq.kernels.numba import linear_scan, native
 from linear_scan_problems import ScanProblem
 from linear_scan_running import LONG, assert_solved, results, solve
 from running import LAYOUTS, assert_same_bits, moved, python
@@ -62,8 +62,9 @@ def test_batch_neighbours_do_not_matter(problem):
 def test_results_past_the_caches(problem, monkeypatch):
     """As if they did not fit; rows of every alignment, next to rows after a reset."""
     stored, paths, job = results(problem), [], native.job
-    monkeypatch.setattr("fastseq.kernels.numba.linear_scan.STREAMED", 0)
-    monkeypatch.setattr(native, "job", lambda *args: paths.append(args[0][4]) or job(*args))
+    monkeypatch.setattr(linear_scan, "STREAMED", 0)
+    streamed = linear_scan._NUMBERS.index("streamed")
+    monkeypatch.setattr(native, "job", lambda *args: paths.append(args[0][streamed]) or job(*args))
     assert_same_bits(results(problem), stored)
     assert set(paths) == {True}
 

@@ -65,7 +65,7 @@ def solve(problem, dtype="float32"):
     return result(problem, leaves, {"h": h, "h_n": h_n})
 
 
-def hold(problem, dtype, ours):
+def assert_solved(problem, dtype, ours):
     exact = rounded(problem, dtype)
 
     def torchs_outputs(leaves):
@@ -82,27 +82,27 @@ def hold(problem, dtype, ours):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_forward_and_gradients(options, cut):
     problem = ScanProblem(**options)
-    hold(problem, "float32", solve(rounded(problem, "float32")))
+    assert_solved(problem, "float32", solve(rounded(problem, "float32")))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS[1:])
 def test_gates_of_the_input(function):
     problem = ScanProblem(function, ragged=True, resets=0.25)
-    hold(problem, "float32", solve(rounded(problem, "float32")))
+    assert_solved(problem, "float32", solve(rounded(problem, "float32")))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @every_cut
 def test_half_precision(dtype, cut):
     problem = ScanProblem(T=12, ragged=True)
-    hold(problem, dtype, solve(rounded(problem, dtype), dtype))
+    assert_solved(problem, dtype, solve(rounded(problem, dtype), dtype))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (17, 1, 1), (2, 3, 129)], ids=str)
 def test_edges(sizes):
     T, B, C = sizes
     problem = ScanProblem(T=T, B=B, C=C)
-    hold(problem, "float32", solve(rounded(problem, "float32")))
+    assert_solved(problem, "float32", solve(rounded(problem, "float32")))
 
 
 @pytest.mark.parametrize("sizes", [(3, 0, 2), (2, 3, 0), (0, 2, 3)], ids=str)

@@ -86,7 +86,7 @@ def solve(problem, dtype="float32"):
     return result(problem, leaves, forward(fst, placed))
 
 
-def hold(problem, dtype, ours):
+def assert_solved(problem, dtype, ours):
     exact = rounded(problem, dtype)
     ref = solve_reference(exact)
     torchs = peer(exact, dtype, lambda leaves: _torch_outputs(exact, leaves))
@@ -99,14 +99,14 @@ def hold(problem, dtype, ours):
 @every_cell
 def test_forward_and_gradients(cell, options, regime):
     problem = Problem(cell, **({"T": 5} | options))
-    hold(problem, "float32", solve(rounded(problem, "float32")))
+    assert_solved(problem, "float32", solve(rounded(problem, "float32")))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @every_cell
 def test_half_precision(cell, dtype):
     problem = Problem(cell, T=6, B=5, H=20, ragged=True)
-    hold(problem, dtype, solve(rounded(problem, dtype), dtype))
+    assert_solved(problem, dtype, solve(rounded(problem, dtype), dtype))
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS.values() if "clip" not in o], ids=str)
@@ -120,7 +120,7 @@ def test_projection(options):
     masks = Masks(**given)
     y, h_n, c_n, c = ops.run(spec, leaves["x"], *states, weights, masks, cell_states=True)
     outputs = {"y": y, "h_n": h_n[0], "c_n": c_n[0], "c": c}
-    hold(problem, "float32", result(problem, leaves, outputs))
+    assert_solved(problem, "float32", result(problem, leaves, outputs))
 
 
 @pytest.mark.parametrize("name", ["GRU", "LSTM"])
@@ -204,7 +204,7 @@ def test_a_nan_stays_in_its_row(cell):
 def test_edges(cell, sizes):
     T, B, I, H = sizes  # noqa: E741
     problem = rounded(Problem(cell, T=T, B=B, I=I, H=H), "float32")
-    hold(problem, "float32", solve(problem))
+    assert_solved(problem, "float32", solve(problem))
 
 
 def test_gates_saturate_and_relu_overflows():

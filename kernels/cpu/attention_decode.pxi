@@ -32,9 +32,10 @@ cdef struct DecodeTile:             # rows of one key/value head, against a chun
 cdef struct Decode:                 # one thread's
     const Problem *p
     Py_ssize_t task_heads           # key/value heads of a task
-    DecodeTile *tiles               # of a task: as many as task_rows
-    real *q                         # (task_rows, round_up(D)), scaled
-    real *s                         # (task_rows, chunk_keys + 16)
+    # of a task's rows: TASK_ROWS, of one head MOST_DECODE_ROWS
+    DecodeTile *tiles
+    real *q                         # (rows, round_up(D)), scaled
+    real *s                         # (rows, chunk_keys + 16)
     real *parts                     # all threads': (B NK, chunks, MOST_DECODE_ROWS, part_row)
     Py_ssize_t chunk_keys
     Py_ssize_t chunks, part_row     # of the longest sequence; acc (DV) | m | l
@@ -125,7 +126,7 @@ cdef void decode_turn(const Decode *d, DecodeTile *t, Py_ssize_t at, Py_ssize_t 
 
 
 cdef void decode_turns(const Decode *d, Py_ssize_t tiles, bint values) noexcept nogil:
-    """`decode_turn` of all keys of all tiles; where there are several, they take turns."""
+    """`decode_turn` of all keys of all tiles; where a task has several heads, they take turns."""
     cdef bint together = d.task_heads > 1, all_heads = together and d.task_heads == d.p.NK
     cdef Py_ssize_t at = 0, most = TURN_KEYS if together else d.chunk_keys, end = 0, keys, number
     cdef DecodeTile *t

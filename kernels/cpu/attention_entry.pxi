@@ -44,7 +44,8 @@ cdef struct Call:
     bint backward, failed           # some thread got no memory
     Barrier *barrier
     int64_t *counters               # one per wave; or one
-    int64_t *taken                  # of next_of_share: decoding's, then whole heads'; or theirs
+    # for next_of_share: decoding's counters, then those of whole heads; backward has one set
+    int64_t *taken
     # a wave's keys and values, or NULL: every thread packs its own heads
     real *packed
     real *parts                     # of decoding; or of dQ, or NULL: every thread has its own heads
