@@ -14,6 +14,7 @@ include "base.pxi"
 cdef extern from "attention.h" nogil:
     enum:
         TILE_ROWS, KEY_BLOCK, QUERY_ROWS, DECODE_ROWS, TURN_KEYS, FINITE_ONLY, SUMS_TURNED
+        SOFTMAX_ROWS, SOFTMAX_LANES
     Py_ssize_t round_up(Py_ssize_t n)
     Py_ssize_t panel_reals(Py_ssize_t K, Py_ssize_t N)
     Py_ssize_t tile_height(Py_ssize_t n)
@@ -52,9 +53,12 @@ cdef extern from "attention.h" nogil:
         uint32_t threshold
         real keep_scale
     void narrow(RowOptions *o, Py_ssize_t *lo, Py_ssize_t *hi)
-    real finish_scores(const RowOptions *o, real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi,
-                       real *factor)
+    void finish_scores(const RowOptions *o, real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi,
+                       real *factor, real *lanes)
     void prefetch_keys(const real *row, Py_ssize_t stride, Py_ssize_t lo, Py_ssize_t hi)
+    void row_maxima(const real *lanes, real *m)
+    void shrinkage(const real *before, const real *after, real *shrink)
+    real nan_or_nothing(const real *s, Py_ssize_t n)
     real exponentials(real *s, Py_ssize_t j0, Py_ssize_t lo, Py_ssize_t hi, Py_ssize_t z0,
                       Py_ssize_t z1, real m)
     uint64_t dropout_key(uint64_t seed, uint64_t head, uint64_t query)
@@ -86,7 +90,9 @@ cdef extern from "<math.h>" nogil:
 
 
 include "attention_problem.pxi"
+include "attention_softmax.pxi"
 include "attention_forward.pxi"
+include "attention_forward_tasks.pxi"
 include "attention_decode.pxi"
 include "attention_backward.pxi"
 include "attention_backward_tasks.pxi"

@@ -148,7 +148,7 @@ cdef void gradient_row(Backward *g, Py_ssize_t r, Py_ssize_t b, Py_ssize_t h, Py
         memset(ds, 0, n * sizeof(real))
         return
     if not is_product(o):
-        finish_scores(o, w, j0, at.lo, at.hi, factor)
+        finish_scores(o, w, j0, at.lo, at.hi, factor, NULL)
     if lse == lse:
         score_gradients(o, w, ds, lse, delta, j0, at.lo, at.hi, j0, j0 + n)
     else:

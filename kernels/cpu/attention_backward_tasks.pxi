@@ -58,11 +58,15 @@ cdef void add_slab(const Backward *g, Py_ssize_t b, Py_ssize_t h, Py_ssize_t sla
     cdef const Problem *p = g.p
     cdef Limits at = slab_queries(p, b, slab)
     cdef Py_ssize_t i
+    for i in range(at.lo, at.hi):
+        if slab > 0:
+            add_row(of_query(p, &p.dq, b, h, i), dq_part(g, b, slab, h, i), p.D)
+        else:
+            copy_row(of_query(p, &p.dq, b, h, i), dq_part(g, b, slab, h, i), p.D)
     if slab == 0:
         for i in range(p.q_len[b]):
-            memset(of_query(p, &p.dq, b, h, i), 0, p.D * sizeof(real))
-    for i in range(at.lo, at.hi):
-        add_row(of_query(p, &p.dq, b, h, i), dq_part(g, b, slab, h, i), p.D)
+            if not at.lo <= i < at.hi:
+                memset(of_query(p, &p.dq, b, h, i), 0, p.D * sizeof(real))
 
 
 cdef void backward_task(Backward *g, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t slab0,

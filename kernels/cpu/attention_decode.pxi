@@ -159,8 +159,8 @@ cdef void decode_task(Decode *d, Py_ssize_t b, Py_ssize_t first_head, Py_ssize_t
     decode_turns(d, tiles, False)
     for number in range(tiles):
         t = &d.tiles[number]
-        for r in range(t.rows if t.keys.lo < t.keys.hi else 0):
-            decode_row(&t.options[r], t.s[r], &t.at[r], &t.keys, t.acc[r] + round_up(p.DV))
+        if t.keys.lo < t.keys.hi:
+            decode_softmax(t, p.DV)
     decode_turns(d, tiles, True)
     for number in range(tiles):
         t = &d.tiles[number]
@@ -170,19 +170,16 @@ cdef void decode_task(Decode *d, Py_ssize_t b, Py_ssize_t first_head, Py_ssize_t
                 weigh_sparse(t.s[r], 1, t.v, p.v.i, t.keys.hi - t.keys.lo, 1, p.DV, t.acc[r], 1)
 
 
-cdef void decode_row(const RowOptions *o, real *s, const Limits *at, const Limits *tile,
-                     real *m_l) noexcept nogil:
-    """Scores to weights e^(s - m); m and l are kept."""
-    cdef real m = -INFINITY
-    if at.lo < at.hi:
-        m = finish_scores(o, s, tile.lo, at.lo, at.hi, NULL)
-    if m == -INFINITY:
-        memset(s, 0, (tile.hi - tile.lo) * sizeof(real))
-        return
-    m_l[0] = m
-    m_l[1] = exponentials(s, tile.lo, at.lo, at.hi, tile.lo, tile.hi, m)
-    if o.threshold:
-        drop(o, s, tile.lo, at.lo, at.hi)
+cdef void decode_softmax(DecodeTile *t, Py_ssize_t DV) noexcept nogil:
+    """Scores to weights e^(s - m); m and l are kept behind a row's part."""
+    cdef real m[DECODE_ROWS]
+    cdef real l[DECODE_ROWS]
+    cdef Py_ssize_t r
+    for r in range(t.rows):
+        m[r], l[r] = -INFINITY, 0
+    softmax_rows(<int>t.rows, t.options, t.s, t.keys.lo, t.at, &t.keys, m, l, t.acc, DV)
+    for r in range(t.rows):
+        t.acc[r][round_up(DV)], t.acc[r][round_up(DV) + 1] = m[r], l[r]
 
 
 cdef void decode_join(const Decode *d, Py_ssize_t n) noexcept nogil:

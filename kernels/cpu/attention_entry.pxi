@@ -46,8 +46,8 @@ cdef struct Call:
     int64_t *counters               # one per wave; or one
     # for next_of_share: decoding's counters, then those of whole heads; backward has one set
     int64_t *taken
-    # a wave's keys and values, or NULL: every thread packs its own heads
-    real *packed
+    Py_ssize_t whole                # heads that forward takes as one task each
+    real *packed                    # keys and values of a wave of other heads
     real *parts                     # of decoding; or of dQ, or NULL: every thread has its own heads
     int64_t *part_first
 
@@ -57,7 +57,6 @@ cdef void run_forward(Call *call, int rank, int size) noexcept nogil:
     cdef Decode d
     cdef char *arena = NULL
     cdef char *at
-    cdef Py_ssize_t own = 0, b
     memset(&f, 0, sizeof(Forward))
     memset(&d, 0, sizeof(Decode))
     f.p = d.p = &call.p
@@ -66,10 +65,8 @@ cdef void run_forward(Call *call, int rank, int size) noexcept nogil:
     decode_sizes(&d, size)
     forward_layout(&f, &arena)
     decode_layout(&d, &arena)
-    if call.packed == NULL:
-        for b in range(call.p.B):
-            own = max(own, key_blocks(&call.p, b) * f.block_reals)
-    take(&arena, own * sizeof(real))
+    if call.whole > 0:
+        take(&arena, head_reals(&call.p, f.block_reals) * sizeof(real))
     at = <char *>get_memory(<size_t>arena)
     if at == NULL:
         call.failed = True
@@ -81,7 +78,8 @@ cdef void run_forward(Call *call, int rank, int size) noexcept nogil:
         f.pack = <real *>arena
         decode_all(&d, call.barrier, rank, size, call.taken)
         panels_begin()
-        forward_all(&f, call.packed, call.counters, call.taken + size * COUNTER_STRIDE)
+        forward_all(&f, call.whole, call.packed, call.counters,
+                    call.taken + size * COUNTER_STRIDE)
         panels_end()
     free(at)
 
@@ -162,9 +160,8 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     call.parts = <real *>get_memory(max(reals, 1) * sizeof(real))
     if call.parts == NULL:
         return False
-    if forward_by_heads(p, threads):
-        return True
-    reals = wave_reals(p, f.block_reals)
+    call.whole = whole_heads(p, f.block_reals, threads)
+    reals = wave_reals(p, call.whole, f.block_reals)
     call.packed = <real *>get_memory(max(reals, 1) * sizeof(real))
     return call.packed != NULL
 

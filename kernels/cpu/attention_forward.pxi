@@ -13,12 +13,6 @@
 
 cdef enum:
     SCORE_ROW = KEY_BLOCK + 16      # off powers of two
-    # heads are packed together up to this size, two of L 2048, D 128. With 4 MiB, one, they took
-    # 1.02 to 1.05 times as long; with 8 MiB, which a young process has anew at every call, a
-    # window at L 2048 1.1 times (Zen 3)
-    PACK_BYTES = 4718592
-    # a head of so few blocks is one task, and packed by the thread that runs it
-    FEW_BLOCKS = 4
 
 
 cdef struct Forward:                # one thread's
@@ -88,28 +82,6 @@ cdef void start_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0,
     memset(f.acc, 0, n * round_up(p.DV) * sizeof(real))
 
 
-cdef void softmax_row(Forward *f, Py_ssize_t r, real *s, Py_ssize_t j0, const Limits *at,
-                      const Limits *tile, real *acc) noexcept nogil:
-    """Scores to weights of the running softmax; what was summed before shrinks
-    where the maximum rose."""
-    cdef const RowOptions *o = &f.options[r]
-    cdef real m = -INFINITY, shrink
-    if at.lo < at.hi:
-        m = finish_scores(o, s, j0, at.lo, at.hi, NULL)
-    if m == -INFINITY:
-        memset(s + (tile.lo - j0), 0, (tile.hi - tile.lo) * sizeof(real))
-        return
-    if not m <= f.m[r]:             # NaN becomes the maximum and stays
-        if f.l[r] != 0:
-            shrink = exp_real(f.m[r] - m)
-            f.l[r] *= shrink
-            scale_row(acc, round_up(f.p.DV), shrink)
-        f.m[r] = m
-    f.l[r] += exponentials(s, j0, at.lo, at.hi, tile.lo, tile.hi, f.m[r])
-    if o.threshold:
-        drop(o, s, j0, at.lo, at.hi)
-
-
 cdef void plain_scores(const Problem *p, Py_ssize_t b, Py_ssize_t hk, const real **q, int rows,
                        const Limits *tile, Py_ssize_t j0, real **w) noexcept nogil:
     """Scores summed as decoding does, from keys that are not packed."""
@@ -151,8 +123,11 @@ cdef void forward_tile(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t first
         panels(rows, q, 0, p.D, packed + f.header, p.D, n, tile.lo - j0, tile.hi - j0, False, s)
     else:
         plain_scores(p, b, hk, q, rows, &tile, j0, s)
-    for r in range(rows):
-        softmax_row(f, first + r, s[r], j0, &at[r], &tile, acc[r])
+    r = 0
+    while r < rows:
+        softmax_rows(<int>imin(SOFTMAX_ROWS, rows - r), &f.options[first + r], s + r, j0, at + r,
+                     &tile, f.m + first + r, f.l + first + r, acc + r, p.DV)
+        r += SOFTMAX_ROWS
     if packed[0] != 0:
         panels(rows, <const real **>s, tile.lo - j0, tile.hi - j0, packed + f.values, n, p.DV, 0,
                p.DV, True, acc)
@@ -190,97 +165,3 @@ cdef void forward_block(Forward *f, Py_ssize_t b, Py_ssize_t hk, Py_ssize_t r0,
     for r in range(n):
         finish_row(p, b, hk * p.group + (r0 + r) % p.group, (r0 + r) // p.group,
                    f.acc + r * round_up(p.DV), f.m[r], f.l[r])
-
-
-# ---- who does what: heads in waves whose packed keys and values fit PACK_BYTES
-
-cdef inline Py_ssize_t query_blocks(const Problem *p, Py_ssize_t b) noexcept nogil:
-    """Blocks of one head; 0 where decode has done it."""
-    return 0 if is_decode(p, b) else ceil_div(p.q_len[b] * p.group, QUERY_ROWS)
-
-
-cdef void forward_wave(Forward *f, Py_ssize_t n0, Py_ssize_t n1, real *packed,
-                       int64_t *counter) noexcept nogil:
-    """Heads n0 : n1 (n = b * NK + hk): all threads pack, then take blocks of queries,
-    a head's longest first."""
-    cdef const Problem *p = f.p
-    cdef Py_ssize_t n, b, block, items = 0, blocks
-    cdef real *at = packed
-    cdef int64_t task, done = 0
-    for n in range(n0, n1):
-        b = n // p.NK
-        for block in range(key_blocks(p, b)):
-            if items % f.size == f.rank:
-                pack_block(f, b, n % p.NK, block, at + block * f.block_reals)
-            items += 1
-        at += key_blocks(p, b) * f.block_reals
-    barrier_wait(f.barrier, f.size)
-    task = next_task(counter)
-    at = packed
-    for n in range(n0, n1):
-        b = n // p.NK
-        blocks = query_blocks(p, b)
-        while task < done + blocks:
-            forward_block(f, b, n % p.NK, (done + blocks - 1 - task) * QUERY_ROWS, at)
-            task = next_task(counter)
-        done += blocks
-        at += key_blocks(p, b) * f.block_reals
-    barrier_wait(f.barrier, f.size)
-
-
-cdef Py_ssize_t wave_end(const Problem *p, Py_ssize_t n0, Py_ssize_t block_reals) noexcept nogil:
-    """Heads n0 : end fit PACK_BYTES together, or end = n0 + 1."""
-    cdef Py_ssize_t n = n0, reals = 0
-    while n < p.B * p.NK:
-        reals += key_blocks(p, n // p.NK) * block_reals
-        if n > n0 and reals * <Py_ssize_t>sizeof(real) > PACK_BYTES:
-            break
-        n += 1
-    return n
-
-
-cdef Py_ssize_t wave_reals(const Problem *p, Py_ssize_t block_reals) noexcept nogil:
-    """The largest wave's packed reals."""
-    cdef Py_ssize_t n0 = 0, n, most = 0, reals
-    while n0 < p.B * p.NK:
-        reals = 0
-        for n in range(n0, wave_end(p, n0, block_reals)):
-            reals += key_blocks(p, n // p.NK) * block_reals
-        most = max(most, reals)
-        n0 = wave_end(p, n0, block_reals)
-    return most
-
-
-cdef bint forward_by_heads(const Problem *p, int threads) noexcept nogil:
-    """Whether a task is a head: many heads of few blocks, where a barrier and
-    cold packs would cost."""
-    cdef Py_ssize_t rows = most_of(p.q_len, p.B) * p.group
-    return rows <= FEW_BLOCKS * QUERY_ROWS and p.B * p.NK >= 4 * threads
-
-
-cdef void forward_heads(Forward *f, int64_t *taken) noexcept nogil:
-    cdef const Problem *p = f.p
-    cdef Py_ssize_t b, hk, block
-    cdef int64_t n = next_of_share(taken, p.B * p.NK, f.rank, f.size)
-    while n >= 0:
-        b, hk = n // p.NK, n % p.NK
-        for block in range(key_blocks(p, b)):
-            pack_block(f, b, hk, block, f.pack + block * f.block_reals)
-        for block in range(query_blocks(p, b)):
-            forward_block(f, b, hk, block * QUERY_ROWS, f.pack)
-        n = next_of_share(taken, p.B * p.NK, f.rank, f.size)
-
-
-cdef void forward_all(Forward *f, real *packed, int64_t *counters,
-                      int64_t *taken) noexcept nogil:
-    """`packed` NULL: whole heads."""
-    cdef const Problem *p = f.p
-    cdef Py_ssize_t n0 = 0, n1, wave = 0
-    if packed == NULL:
-        forward_heads(f, taken)
-        return
-    while n0 < p.B * p.NK:
-        n1 = wave_end(p, n0, f.block_reals)
-        forward_wave(f, n0, n1, packed, counters + wave)
-        n0 = n1
-        wave += 1

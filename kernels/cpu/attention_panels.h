@@ -110,7 +110,7 @@ INLINE intptr_t sums_reals(intptr_t rows, intptr_t N) { return rows * round_up(N
 static __attribute__((unused)) void copy_sums(const real *sums, intptr_t rows, intptr_t N,
                                               real *dst, intptr_t ld) {
     for (intptr_t r = 0; r < rows; r++)
-        memcpy(dst + r * ld, sums + r * round_up(N), N * sizeof(real));
+        copy_row(dst + r * ld, sums + r * round_up(N), N);
 }
 
 /* The first n reals at p, zeros in the other lanes. */

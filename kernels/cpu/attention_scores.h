@@ -1,4 +1,4 @@
-/* attention_scores.h: one row of scores and its softmax.
+/* attention_scores.h: one row of scores.
  *
  * A row is s[0 : n] for keys j0 : j0 + n; the pairs that may attend are in [lo, hi), and where the
  * mask is nonzero. What a pair that may not attend holds, NaN included, reaches nothing.
@@ -6,9 +6,8 @@
 #ifndef FASTSEQ_ATTENTION_SCORES_H
 #define FASTSEQ_ATTENTION_SCORES_H
 
+#include "attention_softmax.h"
 #include "functions.h"
-#include "tile.h"
-#include <math.h>
 
 /* Scores that a user's function gets at once: its copies of them stay in L1. */
 enum { MOD_KEYS = 256 };
@@ -45,8 +44,6 @@ typedef struct {
     real keep_scale;       /* 1 / (1 - p) */
 } RowOptions;
 
-#define NEGATIVE_INFINITY ((vec){} - (real)INFINITY)
-
 INLINE ivec lane_indices(void) {
     ivec lane;
     for (int l = 0; l < VL; l++)
@@ -58,19 +55,6 @@ INLINE ivec within(intptr_t j, intptr_t lo, intptr_t hi) {
     ivec at = lane_indices() + (bits)j;
     return (at >= (bits)lo) & (at < (bits)hi);
 }
-
-/* A lane's NaN may be passed over. */
-INLINE real max_lanes(vec v) {
-    v = VL > 8 ? max_(v, FAR_LANES(v, 8)) : v;
-    v = VL > 4 ? max_(v, FAR_LANES(v, 4)) : v;
-    v = VL > 2 ? max_(v, FAR_LANES(v, 2)) : v;
-    v = max_(v, FAR_LANES(v, 1));
-    return v[0];
-}
-
-/* libm's, of the dtype */
-INLINE real exp_real(real x) { return sizeof(real) == 4 ? (real)expf(x) : (real)exp(x); }
-INLINE real log_real(real x) { return sizeof(real) == 4 ? (real)logf(x) : (real)log(x); }
 
 /* VL reals, or VL bytes widened, from memory with any stride and without reading past n. */
 INLINE vec load_strided(const real *p, intptr_t stride, intptr_t n) {
@@ -198,10 +182,11 @@ static __attribute__((noinline, unused)) void modify_scores(const RowOptions *o,
 
 /* Scores of keys lo : hi to their final values, -inf where a pair may not attend; s is key j0's
  * place. Only whole vectors that hold a key of [lo, hi) are written. `factor`: NULL, or gets
- * d score / d product of the softcap and the user's function. Returns the largest score, NaN
- * where there is no other. */
-static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, intptr_t j0,
-                                                  intptr_t lo, intptr_t hi, real *factor) {
+ * d score / d product of the softcap and the user's function. `lanes`: NULL, or gets the largest
+ * score of every lane; a NaN may be passed over. */
+static __attribute__((unused)) void finish_scores(const RowOptions *o, real *s, intptr_t j0,
+                                                  intptr_t lo, intptr_t hi, real *factor,
+                                                  real *lanes) {
     vec most[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
     if (o->mod)
         modify_scores(o, s, j0, lo, hi, factor);
@@ -221,38 +206,8 @@ static __attribute__((unused)) real finish_scores(const RowOptions *o, real *s, 
         most[0] = max_(most[0], x);
         j += VL;
     }
-    real m = max_lanes(max_(most[0], most[1]));
-    for (j = lo; j < hi && m == -(real)INFINITY; j++) /* the maximum passes over NaN */
-        m = s[j] != s[j] ? s[j] : m;
-    return m;
-}
-
-/* e^(s - m) for the vector at s, in its place */
-INLINE vec exponential(real *s, real m) {
-    vec p = exp_nonpositive(load(s) - m);
-    store(s, p);
-    return p;
-}
-
-/* s = e^(s - m) for keys lo : hi, 0 in the rest of [z0, z1); m is finite. Returns the sum. */
-static __attribute__((unused)) real exponentials(real *s, intptr_t j0, intptr_t lo, intptr_t hi,
-                                                 intptr_t z0, intptr_t z1, real m) {
-    vec sum[2] = {};
-    intptr_t first = lo - (lo - j0) % VL, j = first;
-    s -= j0;
-    for (; j + VL < hi; j += 2 * VL) {
-        sum[0] += exponential(s + j, m);
-        sum[1] += exponential(s + j + VL, m);
-    }
-    if (j < hi) {
-        sum[0] += exponential(s + j, m);
-        j += VL;
-    }
-    for (intptr_t i = z0; i < first; i++)
-        s[i] = 0;
-    for (; j < z1; j++)
-        s[j] = 0;
-    return sum_lanes(sum[0] + sum[1]);
+    if (lanes)
+        store(lanes, max_(most[0], most[1]));
 }
 
 /* Keys [lo, hi) of a row of the bias or its gradient, NULL without, asked for while the products
@@ -260,11 +215,6 @@ static __attribute__((unused)) real exponentials(real *s, intptr_t j0, intptr_t 
 INLINE void prefetch_keys(const real *row, intptr_t stride, intptr_t lo, intptr_t hi) {
     for (intptr_t j = lo; j < hi && row && stride == 1; j += 64 / sizeof(real))
         __builtin_prefetch(row + j, 0, 3);
-}
-
-INLINE void scale_row(real *c, intptr_t n, real by) {
-    for (intptr_t j = 0; j < n; j++)
-        c[j] *= by;
 }
 
 INLINE void copy_scaled(real *restrict to, const real *restrict from, intptr_t n, real by) {

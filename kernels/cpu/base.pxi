@@ -26,6 +26,7 @@ cdef extern from "tile.h" nogil:
     void pack_transposed(const real **src, Py_ssize_t K, real *dst, Py_ssize_t ld)
     void copy_padded(real *dst, const real *src, Py_ssize_t n, Py_ssize_t width)
     void add_row(real *sum, const real *row, Py_ssize_t n)
+    void copy_row(real *dst, const real *src, Py_ssize_t n)
 
 
 cdef extern from "hash.h" nogil:

@@ -203,29 +203,42 @@ INLINE void transpose(vec v[VL]) {
     BUTTERFLY(8)
 }
 
-/* Half of the vectors: their lanes are sums of two neighbouring groups of d lanes
- * of two neighbouring vectors. */
-#define ADD_GROUPS(LOW, HIGH, d)                                                                   \
-    for (int i = 0; i < VL / (2 * (d)); i++) {                                                     \
-        vec a = v[2 * i], b = v[2 * i + 1];                                                        \
-        v[i] = __builtin_shufflevector(a, b, LANES(LOW, (d) % VL)) +                               \
-               __builtin_shufflevector(a, b, LANES(HIGH, (d) % VL));                               \
+/* Half of the vectors: their lanes join two neighbouring groups of d lanes of two neighbouring
+ * vectors, of those that hold lanes of the first n rows. */
+#define JOIN_GROUPS(JOIN, LOW, HIGH, d)                                                            \
+    for (int i = 0; i < VL / (2 * (d)) && 2 * i * (d) < n; i++) {                                  \
+        vec a = v[2 * i], b = (2 * i + 1) * (d) < n ? v[2 * i + 1] : a;                            \
+        v[i] = JOIN(__builtin_shufflevector(a, b, LANES(LOW, (d) % VL)),                           \
+                    __builtin_shufflevector(a, b, LANES(HIGH, (d) % VL)));                         \
     }
 #define EVEN(l, d) (((l) & ~3) + ((l) & 1) * 2 + ((l) & 2 ? VL : 0))
 #define ODD(l, d) (EVEN(l, d) + 1)
 
+#if REAL_BITS == 32
+#define JOIN_ROWS(JOIN)                                                                            \
+    JOIN_GROUPS(JOIN, EVEN, ODD, 1)                                                                \
+    JOIN_GROUPS(JOIN, EVEN, ODD, 2)                                                                \
+    JOIN_GROUPS(JOIN, LOWER, UPPER, 4)                                                             \
+    JOIN_GROUPS(JOIN, LOWER, UPPER, 8)
+#else
+#define JOIN_ROWS(JOIN)                                                                            \
+    JOIN_GROUPS(JOIN, LOWER, UPPER, 1)                                                             \
+    JOIN_GROUPS(JOIN, LOWER, UPPER, 2)                                                             \
+    JOIN_GROUPS(JOIN, LOWER, UPPER, 4)
+#endif
+#define SUM(a, b) ((a) + (b))
+
 /* Lane l is the sum of v[l]'s lanes. VL - 1 additions and twice as many shuffles;
  * a transposition has VL log2(VL). */
 INLINE vec sum_rows(vec v[VL]) {
-#if REAL_BITS == 32
-    ADD_GROUPS(EVEN, ODD, 1)
-    ADD_GROUPS(EVEN, ODD, 2)
-#else
-    ADD_GROUPS(LOWER, UPPER, 1)
-    ADD_GROUPS(LOWER, UPPER, 2)
-#endif
-    ADD_GROUPS(LOWER, UPPER, 4)
-    ADD_GROUPS(LOWER, UPPER, 8)
+    const int n = VL;
+    JOIN_ROWS(SUM)
+    return v[0];
+}
+
+/* Lane l < n is the largest of v[l]'s lanes; a NaN may be passed over. */
+INLINE vec max_rows(vec v[VL], int n) {
+    JOIN_ROWS(max_)
     return v[0];
 }
 
@@ -265,6 +278,15 @@ INLINE intptr_t round_up(intptr_t n) { return (n + VL - 1) / VL * VL; }
 INLINE void copy_padded(real *dst, const real *src, intptr_t n, intptr_t width) {
     memcpy(dst, src, n * sizeof(real));
     memset(dst + n, 0, (width - n) * sizeof(real));
+}
+
+/* Short rows: no call of memcpy for each. */
+INLINE void copy_row(real *dst, const real *src, intptr_t n) {
+    intptr_t j = 0;
+    for (; j + VL <= n; j += VL)
+        store(dst + j, load(src + j));
+    for (; j < n; j++)
+        dst[j] = src[j];
 }
 
 /* sum[m] += row[m] */
