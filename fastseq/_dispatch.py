@@ -16,6 +16,8 @@ from fastseq.kernels.cpu import features
 
 LEVELS = ("baseline", "avx2", "avx512", "amx")
 
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
 
 @cache
 def level() -> tuple[str, str]:
@@ -51,12 +53,16 @@ def kernels(stem: str, dtype: np.dtype) -> ModuleType:
 
 @cache
 def l2_bytes() -> int:
-    """A core's L2 in bytes; it decides how threads share a scan, never a result."""
-    try:
-        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
-    except (ValueError, OSError):
-        size = 0
-    return size if size > 0 else 1 << 20
+    """A core's L2 in bytes, 1 MiB where Linux does not say; it decides how threads share a scan,
+    never a result."""
+    for level_of_cache in _CACHES.glob("index*/level"):
+        try:
+            if level_of_cache.read_text().strip() == "2":
+                size = level_of_cache.with_name("size").read_text()  # 2048K
+                return int(size.strip().removesuffix("K")) << 10
+        except (OSError, ValueError):
+            continue
+    return 1 << 20
 
 
 def _positive(name: str) -> int | None:

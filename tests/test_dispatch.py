@@ -262,6 +262,18 @@ count()
 """
 
 
+@pytest.mark.parametrize("size, expected", [("2048K", 2 << 20), ("?", 1 << 20), (None, 1 << 20)])
+def test_l2_is_what_the_system_says(tmp_path, monkeypatch, size, expected):
+    caches = {"index0": ("1", "48K"), "index2": ("2", size), "index3": ("3", "32768K")}
+    for name, (level, its_size) in caches.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "level").write_text(f"{level}\n")
+        if its_size:
+            (tmp_path / name / "size").write_text(f"{its_size}\n")
+    monkeypatch.setattr(_dispatch, "_CACHES", tmp_path)
+    assert _dispatch.l2_bytes.__wrapped__() == expected
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 @pytest.mark.parametrize("function", ["gru", "attention"])
 def test_work_is_shared_and_small_work_is_not(function):
