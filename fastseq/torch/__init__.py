@@ -3,10 +3,12 @@
 fastseq.torch.lstm(x, w_ih, w_hh, b_ih, b_hh)       the functions of fastseq, over tensors
 fastseq.torch.scaled_dot_product_attention(q, k, v) torch.nn.functional's, fused in every case
 fastseq.torch.nn.LSTM(input_size, hidden_size)      torch.nn's modules
+fastseq.torch.replace(model)                        the modules of an existing model, in place
 torch.ops.fastseq.lstm                              registered by this import
 """
 
 from fastseq.torch import init, nn
+from fastseq.torch._replace import replace
 from fastseq.torch.attention import attention, attention_varlen, merge_attention
 from fastseq.torch.attention_cache import KVCache
 from fastseq.torch.attention_sdpa import scaled_dot_product_attention
@@ -34,6 +36,7 @@ __all__ = [
     "min_gru",
     "min_lstm",
     "nn",
+    "replace",
     "rnn",
     "rnn_cell",
     "rotary",

@@ -14,6 +14,7 @@ from torch.autograd import Function, forward_ad
 from fastseq._attend import memory_of
 
 FLOATS = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from fastseq.torch._tensors import FLOATS
+from fastseq.torch._tensors import FLOATS, GPU_FLOATS
 
 _APPEND = "KVCache.append"
-_GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class KVCache:
@@ -41,8 +40,8 @@ class KVCache:
         device: torch.device | str = "cpu",
     ):
         if torch.device(device).type == "cuda":
-            if dtype not in _GPU_FLOATS:
-                expected = ", ".join(map(str, _GPU_FLOATS))
+            if dtype not in GPU_FLOATS:
+                expected = ", ".join(map(str, GPU_FLOATS))
                 raise TypeError(f"KVCache: dtype must be one of {expected}, got {dtype}")
         elif dtype not in FLOATS:
             raise TypeError(f"KVCache: dtype must be torch.float32 or torch.float64, got {dtype}")

@@ -36,6 +36,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def __init__(self, *args, score_mod: score_mods.ScoreMod | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self._adopt(score_mod)
+
+    def _adopt(self, score_mod=None):
+        """What the module has beside torch.nn's attributes."""
         self.score_mod = score_mods.found("MultiheadAttention", score_mod)
 
     def forward(

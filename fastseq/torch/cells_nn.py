@@ -19,6 +19,10 @@ class _Cell(torch.nn.Module):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._adopt()
+
+    def _adopt(self):
+        """What the module has beside torch.nn's attributes."""
         self._packed = PackedWeights()
 
     def _step(self, cell, x, h, c=None):

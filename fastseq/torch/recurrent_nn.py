@@ -25,6 +25,10 @@ class Layers(torch.nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         self._specify(mode.lower(), clip_recurrent_grad, recurrent_dropout, zoneout)
 
+    def _adopt(self):
+        """What the module has beside torch.nn's attributes."""
+        self._specify(self.mode.lower(), None, 0.0, 0.0)
+
     def _specify(self, cell, clip_recurrent_grad, recurrent_dropout, zoneout):
         op = type(self).__name__
         limit = _check.limit(op, "clip_recurrent_grad", clip_recurrent_grad)
