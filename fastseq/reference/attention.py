@@ -66,19 +66,14 @@ def _splitmix64(z):
     return z ^ (z >> np.uint64(31))
 
 
-def _mix32(x):
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
-
-
 def dropout_keep(seed, B, NH, L, S, p, *, sequence=0):
     """Which probabilities dropout keeps: bool (B, NH, L, S), True with probability 1 - p.
 
     head_key = splitmix64(seed ^ splitmix64(b * NH + h))        uint64, all modulo 2^64
     row_key = splitmix64(head_key + i)
-    x = mix((j * 0x9E3779B9) ^ low32(row_key))                  uint32, all modulo 2^32
-    x = mix(x ^ high32(row_key))
+    x = (j * 0x9E3779B9) ^ low32(row_key)                       uint32, all modulo 2^32
+    x = ((x ^ x >> 16) * 0x7FEB352D) ^ high32(row_key)
+    x = (x ^ x >> 15) * 0x846CA68B
     keep = x >= floor(p * 2^32)
 
     A number depends on seed, b, h, i and j alone (and NH), so that tiles in any order, packed and
@@ -89,8 +84,9 @@ def dropout_keep(seed, B, NH, L, S, p, *, sequence=0):
     head_key = _splitmix64(seed ^ _splitmix64(heads))
     row_key = _splitmix64(head_key[:, None] + np.arange(L, dtype=np.uint64))[..., None]
     low, high = row_key.astype(np.uint32), (row_key >> np.uint64(32)).astype(np.uint32)
-    x = _mix32((np.arange(S, dtype=np.uint32) * np.uint32(0x9E3779B9)) ^ low)
-    x = _mix32(x ^ high)
+    x = (np.arange(S, dtype=np.uint32) * np.uint32(0x9E3779B9)) ^ low
+    x = ((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)) ^ high
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return (x >= int(p * 2**32)).reshape(B, NH, L, S)
 
 

@@ -20,21 +20,17 @@ INLINE uint64_t dropout_key(uint64_t seed, uint64_t head, uint64_t query) {
 
 typedef uint32_t uvec __attribute__((vector_size(VL * 4)));
 
-INLINE uvec mix32(uvec x) {
-    x ^= x >> 16;
-    x *= 0x7FEB352Du;
-    x ^= x >> 15;
-    x *= 0x846CA68Bu;
-    return x ^ x >> 16;
-}
-
-/* Which of keys j : j + VL are kept. */
+/* Which of keys j : j + VL are kept. It costs two products a vector, each of two instructions' time
+ * in AVX2 and AVX-512. With two rounds of mixing, five products, training with dropout took 1.08
+ * times as long (Emerald Rapids). */
 INLINE ivec kept(const RowOptions *o, intptr_t j) {
-    uvec lane;
+    const uint32_t step = 0x9E3779B9u;
+    uvec x;
     for (int l = 0; l < VL; l++)
-        lane[l] = l;
-    uvec x = (lane + (uint32_t)j) * 0x9E3779B9u ^ (uint32_t)o->key;
-    x = mix32(mix32(x) ^ (uint32_t)(o->key >> 32));
+        x[l] = l * step;
+    x = (x + (uint32_t)j * step) ^ (uint32_t)o->key;
+    x = (x ^ x >> 16) * 0x7FEB352Du ^ (uint32_t)(o->key >> 32);
+    x = (x ^ x >> 15) * 0x846CA68Bu;
     typedef int32_t svec __attribute__((vector_size(VL * 4)));
     return __builtin_convertvector((svec)(x >= o->threshold), ivec);
 }

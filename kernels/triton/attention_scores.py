@@ -200,13 +200,6 @@ def _splitmix64(z):
 
 
 @triton.jit
-def _mix32(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
 def head_key_of(seed, b, h, heads, a):
     if a.dropout is None:
         return None
@@ -221,6 +214,7 @@ def keep(i, j, pairs, a):
         return None
     else:
         row_key = _splitmix64(pairs.head_key + i.to(tl.uint64))
-        x = _mix32((j.to(tl.uint32) * 0x9E3779B9) ^ row_key.to(tl.uint32))
-        x = _mix32(x ^ (row_key >> 32).to(tl.uint32))
+        x = (j.to(tl.uint32) * 0x9E3779B9) ^ row_key.to(tl.uint32)
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) ^ (row_key >> 32).to(tl.uint32)
+        x = (x ^ (x >> 15)) * 0x846CA68B
         return tl.where(x >= a.dropout[0].to(tl.uint32), a.dropout[1], 0.0)
