@@ -92,6 +92,8 @@ def test_time_split_carries_the_state_and_its_gradient(cell, dtype, reverse, mas
 # not or the rows are few, inline where the work is small; too few units for three threads: slabs.
 REGIMES = {
     "slab": ({"T": 9, "B": 26, "H": 150}, 1 << 40),
+    "slab-few-rows": ({"T": 20, "B": 9, "H": 70}, 1 << 40),
+    "slab-one-panel": ({"T": 30, "B": 3, "H": 60}, 1 << 40),
     "slab-few-units": ({"T": 40, "B": 50, "H": 17}, 1),
     "units": ({"T": 9, "B": 26, "H": 150}, 1),
     "units-one-row": ({"T": 25, "B": 1, "H": 300}, 1 << 40),
