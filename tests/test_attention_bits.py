@@ -33,11 +33,13 @@ def problem_of(path, fields, dtype):
 
 # Threads
 
-# By the rules of the kernels: tasks are heads where they are many and short, else blocks of queries
-# of heads packed together, in several waves where their packs do not fit; chunks of keys; backward
-# takes slabs of keys, all together where the bias is one for all keys. Rows of several lengths.
+# By the rules of the kernels: tasks are heads where they are many, as many for each thread; the
+# rest, or all, is blocks of queries of heads packed together, in several waves where their packs do
+# not fit; chunks of keys; backward takes slabs of keys, all together where the bias is one for all
+# keys. Rows of several lengths.
 REGIMES = {
     "heads": {"B": 4, "NH": 4, "NK": 4, "L": 30, "S": 40, "D": 16, "DV": 16},
+    "heads-and-one": {"B": 13, "NH": 1, "NK": 1, "L": 50, "S": 60, "D": 16, "DV": 16},
     "blocks": {"B": 1, "NH": 2, "NK": 1, "L": 130, "S": 600, "D": 16, "DV": 16},
     "one-head": {"B": 1, "NH": 1, "NK": 1, "L": 120, "S": 800, "D": 8, "DV": 8},
     "waves": {"B": 1, "NH": 3, "NK": 3, "L": 9, "S": 1030, "D": 512, "DV": 520},
