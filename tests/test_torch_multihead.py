@@ -165,7 +165,7 @@ def test_weights_are_torchs(average, batched):
 def test_weights_are_formed_only_if_asked_for(monkeypatch):
     ours, _ = pair()
     monkeypatch.setattr(attention_nn, "_attend_with_weights", None)
-    ours(*inputs_of(ours), need_weights=False)
+    assert ours(*inputs_of(ours), need_weights=False)[1] is None
 
 
 def test_padding_is_never_expanded(monkeypatch):

@@ -97,13 +97,13 @@ cdef inline void sync(const Part *p) noexcept nogil:
 
 cdef bint split_by_units(const Job *job, int size, Py_ssize_t l2_bytes) noexcept nogil:
     """Slabs need a few rows for every thread and recurrent weights that stay in its L2. Whole
-    rows need slabs, and so does backward where one panel has all columns of h: one thread would
-    compute it."""
+    rows need slabs; and so do as many rows as threads where all columns of h are one panel, which
+    in backward one thread would compute."""
     cdef const Shape *s = &job.shape
     if s.cell.whole_rows:
         return False
     cdef Py_ssize_t weights = s.R * s.cell.gates * s.H * sizeof(real)
-    cdef Py_ssize_t rows = SLAB_ROWS if ceil_div(s.R, 4 * VL) >= size else 1
+    cdef Py_ssize_t rows = 1 if s.R <= 4 * VL else SLAB_ROWS
     return s.panels >= size and (job.B < size * rows or 2 * weights > l2_bytes)
 
 
