@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fastseq.kernels.numba import linear_scan, native
+from fastseq.kernels.numba.native import CACHE_LINE
 from linear_scan_problems import ScanProblem
 from linear_scan_running import LONG, assert_solved, results, solve
 from running import LAYOUTS, assert_same_bits, moved, python
@@ -30,7 +31,8 @@ BITS = [replace(problem, dtype=dtype) for problem in BITS for dtype in DTYPES]
 
 @pytest.mark.parametrize("problem", BITS, ids=str)
 def test_threads_agree(problem, monkeypatch):
-    monkeypatch.setattr("fastseq.kernels.numba.linear_scan.SMALL", 0)
+    for name, least in (("SMALL", 0), ("OWN", CACHE_LINE), ("OWN_SHARED", CACHE_LINE)):
+        monkeypatch.setattr(linear_scan, name, least)
     monkeypatch.setattr(_dispatch._Threads, "forced", 1)
     alone = results(problem)
     for threads in (2, 3):
@@ -67,6 +69,15 @@ def test_results_past_the_caches(problem, monkeypatch):
     monkeypatch.setattr(native, "job", lambda *args: paths.append(args[0][streamed]) or job(*args))
     assert_same_bits(results(problem), stored)
     assert set(paths) == {True}
+
+
+@pytest.mark.parametrize("size", [(50, 3, 7), (LONG, 1, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_begin_with_a_cache_line(size, dtype):
+    T, B, C = size
+    solved = solve(ScanProblem(T=T, B=B, C=C, dtype=dtype))
+    arrays = solved.outputs["h"], solved.grads["a"], solved.grads["b"]
+    assert [a.ctypes.data % CACHE_LINE for a in arrays] == [0, 0, 0]
 
 
 def test_many_columns_are_numpys_loop_to_the_bit():

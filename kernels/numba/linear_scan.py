@@ -22,7 +22,10 @@ from numba import carray, njit
 TILE_BYTES = 8192  # of a step's row: state, a, b and h fit into L1
 TILE = TILE_BYTES // 4  # its numbers, of float32
 STREAMED = 1 << 23  # bytes of a result, of which little is left in cache when it is read
-SMALL = 1 << 14  # numbers that one thread has done before a second one is awake
+SMALL = 1 << 16  # numbers that one thread has done before a second one is awake
+# Bytes of a row that a thread needs for itself. The other core fetches lines ahead of its own, and
+# where tiles end within a line, both write it: 1000 x 512 took 3 times as long on two (Zen 5).
+OWN, OWN_SHARED = 1024, TILE_BYTES
 
 _SEQUENCES = dict.fromkeys(("a", "b", "h", "dh", "da", "db"), "tb")
 _STATES = dict.fromkeys(("h0", "h_n", "dh_n", "dh0"), "b")
@@ -272,9 +275,11 @@ def _run(which, sequences, states, lengths, resets, reverse, threads):
     if lengths is None and resets is None and all(_joined(s) for s in sequences):
         B, C = 1, B * C  # one long row
     masks = [0 if m is None else native.address(m) for m in (lengths, resets)]
-    tile = _tile(B, C, itemsize, threads)
+    results = sequences[4:] if which else sequences[2:3]
+    whole = threads > 1 and all(map(_in_lines, results))
+    tile = _tile(B, C, itemsize, threads, OWN if whole else OWN_SHARED)
     large = T * B * C * itemsize >= STREAMED and min(tile, C) * itemsize >= 4 * LINES_BYTES
-    streamed = large and _alike(*(sequences[4:] if which else sequences[2:3]))
+    streamed = large and _alike(*results)
     numbers = (T, B, C, itemsize, streamed, reverse, tile)
     arrays = [(s, 2) for s in sequences] + [(s, 1) for s in states]
     native.run(kernel, native.job((*numbers, *masks), arrays), threads)
@@ -292,8 +297,14 @@ def _joined(sequence):
     return sequence.strides[1] == sequence.shape[2] * sequence.itemsize
 
 
-def _tile(B, C, itemsize, threads):
-    """Columns of a task: whole cache lines, a task for every thread, and not more than fit."""
+def _in_lines(sequence):
+    """Whether its rows begin with a cache line."""
+    return not any(n % CACHE_LINE for n in (native.address(sequence), *sequence.strides[:2]))
+
+
+def _tile(B, C, itemsize, threads, own):
+    """Columns of a task: whole cache lines, a task for every thread, and not more than fit; but
+    `own` bytes at least."""
     line = CACHE_LINE // itemsize
     tasks = max(-(-threads // max(B, 1)), -(-C * itemsize // TILE_BYTES), 1)
-    return max(-(-C // (tasks * line)) * line, 1)
+    return max(-(-C // (tasks * line)) * line, own // itemsize)

@@ -18,7 +18,7 @@ from fastseq.kernels.numba import native
 from fastseq.kernels.numba.native import OPTIONS, at, stack, take
 from numba import carray, njit
 
-CHUNK = 512  # about so many steps: 14 groups of lanes for the threads at T = 65536
+CHUNK = 64  # about so many steps; a group of lanes then reads and writes few pages at once
 LANES, FOLD_LANES = 8, 4
 
 _NUMBERS = ("T", "B", "C", "itemsize", "chunk", "chunks", "ends", "products", "states", "wild")
@@ -40,12 +40,15 @@ def _steps(job, k):
 
 @njit(**OPTIONS)
 def _task(job):
-    """The next group of LANES chunks: row, column, first chunk, steps of its last; -1: none."""
-    groups = job.chunks // LANES
-    task = take(job, job.B * job.C * groups, False)
+    """The next group of LANES chunks: row, column, first chunk, steps of its last; -1: none.
+
+    A thread takes all columns of its time: neighbours of a step are in one cache line.
+    """
+    columns = job.B * job.C
+    task = take(job, columns * (job.chunks // LANES), False)
     if task < 0:
         return -1, 0, 0, 0
-    q, first = task // groups, task % groups * LANES
+    q, first = task % columns, task // columns * LANES
     return q // job.C, q % job.C, first, _steps(job, first + LANES - 1)
 
 
