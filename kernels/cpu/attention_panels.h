@@ -40,12 +40,12 @@ INLINE intptr_t tile_height(intptr_t n) {
     static __attribute__((noinline, unused)) void panel_##R##x##NV(                                \
         const real *const *a, intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, \
         const real *init, real *const *c, intptr_t col) {                                          \
-        tile_fixed(R, NV, 0, a, lda, k0, k1, w, ldw, init, c, col);                                \
+        tile_fixed(R, NV, 0, a, lda, k0, k1, w, ldw, 0, init, c, col);                             \
     }                                                                                              \
     static __attribute__((noinline, unused)) void turned_##R##x##NV(                               \
         const real *const *a, intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw, \
         const real *init, real *const *c, intptr_t col) {                                          \
-        tile_fixed(R, NV, 1, a, lda, k0, k1, w, ldw, init, c, col);                                \
+        tile_fixed(R, NV, 1, a, lda, k0, k1, w, ldw, 0, init, c, col);                             \
     }
 #define HEIGHTS(NV) TILES(1, NV) TILES(2, NV) TILES(3, NV) TILES(4, NV) TILES(5, NV) TILES(6, NV)
 HEIGHTS(1) HEIGHTS(2)
