@@ -22,7 +22,7 @@ _Static_assert(TURN_KEYS % REREAD_KEYS == 0 && TURN_KEYS % VL == 0, "turns are o
  * this stands between.
  * They look some lines ahead, and products of several rows take longer than the core can put off
  * for these: rows that lie without gaps are also asked for AHEAD of their use. Two threads decode
- * 1.1 to 1.7 times as fast from memory, 0.95 to 1.2 in cache (Zen 5; less by half or twice AHEAD). */
+ * 1.1 to 1.7 times as fast from memory, 0.95 to 1.2 in cache (Zen 5; half or twice: less). */
 #define IN_ORDER __asm__ volatile("")
 
 /* s[r][j] = q[r] . k_j for rows r and keys j of [0, n): k_j is k + j * ld. The keys are read
@@ -101,18 +101,20 @@ DOTS(1) DOTS(2) DOTS(3) DOTS(4)
 #undef DOTS
 
 /* o[r][d] += sum_j p[r][j] v_j[d] for columns [d, d + nv VL), keys [0, n); v_j is v + j * ld,
- * `gaps`: not all of which are read. */
+ * asked for ahead or not. */
 #define WEIGH(R, NV)                                                                               \
     static __attribute__((noinline, unused)) void weigh_##R##x##NV(                                \
         const real *const *p, const real *v, intptr_t ld, intptr_t n, real *const *o, intptr_t d,  \
-        int gaps) {                                                                                \
-        if (gaps)                                                                                  \
-            tile_fixed(R, NV, 0, p, 0, 0, n, v + d, ld, 0, 0, o, d);                               \
-        else                                                                                       \
+        int asked) {                                                                               \
+        if (asked)                                                                                 \
             tile_fixed(R, NV, 0, p, 0, 0, n, v + d, ld, AHEAD, 0, o, d);                           \
+        else                                                                                       \
+            tile_fixed(R, NV, 0, p, 0, 0, n, v + d, ld, 0, 0, o, d);                               \
     }
 #define WIDTHS(R)                                                                                  \
-    WEIGH(R, 1) WEIGH(R, 2) WEIGH(R, 3) WEIGH(R, 4) WEIGH(R, 5) WEIGH(R, 6) WEIGH(R, 7) WEIGH(R, 8)
+    WEIGH(R, 1) WEIGH(R, 2) WEIGH(R, 3) WEIGH(R, 4) WEIGH(R, 5) WEIGH(R, 6) WEIGH(R, 7)            \
+    WEIGH(R, 8) WEIGH(R, 9) WEIGH(R, 10) WEIGH(R, 11) WEIGH(R, 12) WEIGH(R, 13) WEIGH(R, 14)       \
+    WEIGH(R, 15) WEIGH(R, 16)
 WIDTHS(1) WIDTHS(2) WIDTHS(3) WIDTHS(4)
 #undef WIDTHS
 #undef WEIGH
@@ -135,13 +137,14 @@ INLINE void read_rows(const real *v, intptr_t ld, intptr_t n, intptr_t DV) {
 }
 
 /* o[r] += sum_j p[r][j] v_j for keys [0, n). Where registers hold sums of two rows' whole values
- * or of all rows, values are read in whole rows of them. Else a few keys' values are read into L1
- * first, in their order, and then multiplied by columns. */
+ * or of all rows, values are read in whole rows of them. Else a few keys' values are multiplied by
+ * columns; where they are not asked for ahead, they are read into L1 first, in their order. */
 static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, const real *v,
                                           intptr_t ld, intptr_t n, intptr_t DV, real *const *o) {
 #define AT(R, NV) ((R) * (NV) <= WEIGH_SUMS ? weigh_##R##x##NV : 0)
 #define WIDTHS(R)                                                                                  \
-    {0, AT(R, 1), AT(R, 2), AT(R, 3), AT(R, 4), AT(R, 5), AT(R, 6), AT(R, 7), AT(R, 8)}
+    {0, AT(R, 1), AT(R, 2), AT(R, 3), AT(R, 4), AT(R, 5), AT(R, 6), AT(R, 7), AT(R, 8), AT(R, 9),  \
+     AT(R, 10), AT(R, 11), AT(R, 12), AT(R, 13), AT(R, 14), AT(R, 15), AT(R, 16)}
     static const WeighFn fn[][MAX_NV + 1] = {{0}, WIDTHS(1), WIDTHS(2), WIDTHS(3), WIDTHS(4)};
 #undef WIDTHS
 #undef AT
@@ -150,19 +153,22 @@ static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, c
     while (in_rows && height * vectors > WEIGH_SUMS)
         height = (height + 1) / 2;
     intptr_t most = in_rows || rows * MAX_NV <= WEIGH_SUMS ? MAX_NV : WEIGH_SUMS / rows;
+    intptr_t parts = vectors > most ? (vectors + most - 1) / most : 1;
+    most = (vectors + parts - 1) / parts; /* of equal width */
+    int asked = ld == DV && parts <= 6; /* more: the first reads too fast to be asked for in time */
     intptr_t block = in_rows && height == rows && DV == vectors * VL ? TURN_KEYS : REREAD_KEYS;
     const real *pj[DECODE_ROWS];
     for (intptr_t j = 0; j < n; j += block) {
         intptr_t keys = n - j < block ? n - j : block, d = 0;
         for (int r = 0; r < rows; r++)
             pj[r] = p[r] + j;
-        if (!in_rows)
+        if (!in_rows && !asked)
             read_rows(v + j * ld, ld, keys, DV);
         while (d + VL <= DV) {
             intptr_t nv = (DV - d) / VL < most ? (DV - d) / VL : most;
             for (intptr_t r = 0; r < rows; r += height)
                 fn[rows - r < height ? rows - r : height][nv](pj + r, v + j * ld, ld, keys, o + r,
-                                                              d, ld > DV);
+                                                              d, asked);
             d += nv * VL;
         }
         for (; d < DV; d++)

@@ -17,7 +17,7 @@
  * K = 512: heights 4 to 8 all reach 112 to 116 GFLOP/s, 2 and 3 rows 88 to 92, one row 53. */
 enum {
     MAX_ROWS = 8,
-    MAX_NV = 8,     /* of values read as they lie; packed panels have 4 at most */
+    MAX_NV = 16,    /* of values read as they lie; packed panels have 4 at most */
     ROW_PANELS = 3, /* panels that a single row is multiplied with at once */
     ROWS_NV4 = VBYTES == 64 ? 6 : 3,
     ROWS_NV3 = VBYTES == 64 ? 8 : 4,
