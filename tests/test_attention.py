@@ -30,7 +30,8 @@ LANES = {
     dtype: _dispatch.kernels("attention", np.dtype(dtype)).description()[0] for dtype in DTYPES
 }
 
-# At most 8 query heads and queries of a key head read its keys as they are; more of them pack them.
+# At most 8 query heads and queries of a key head read its keys as they are, and up to 48 against as
+# many keys as their square; others pack them.
 PATHS = {"decode": {"L": 8, "S": 19}, "packed": {"L": 13, "S": 19}}
 GROUPED = {"decode": {"L": 2, "S": 19}, "packed": {"L": 13, "S": 19}}
 SIZES = {"B": 5, "D": 11, "DV": 9}
@@ -60,10 +61,12 @@ GROUP = {"B": 2, "NH": 4, "NK": 2}
 # again; its segments of 2048 queries.
 SOME_KEYS = (191, 193, 255, 256, 257, 385, 511, 512, 513)
 CUTS = [
-    *({**GROUP, "L": 11, "S": s, "D": 5, "DV": 3} for s in SOME_KEYS),
-    *({**ONE, "L": 9, "S": s, "D": 3, "DV": 5} for s in (576, 577, 769, 1537, 2100)),
+    *({**GROUP, "L": 25, "S": s, "D": 5, "DV": 3} for s in SOME_KEYS),
+    *({**ONE, "L": 49, "S": s, "D": 3, "DV": 5} for s in (576, 577, 769, 1537, 2100)),
     *({**GROUP, "L": 1, "S": s, "D": 9, "DV": 17} for s in (63, 64, 65, 1023, 1024, 1025, 2100)),
     *({"B": 1, "NH": 4, "NK": 4, "L": 1, "S": s, "D": 9, "DV": 17} for s in (2047, 2048, 2049)),
+    *({**GROUP, "L": 6, "S": s, "D": 9, "DV": 17} for s in (143, 144, 145, 1023, 1025, 2100)),
+    *({**ONE, "L": n, "S": 2304, "D": 5, "DV": 3} for n in (9, 47, 48)),
     *({**ONE, "L": n, "S": 21, "D": 5, "DV": 3} for n in (8, 47, 48, 49, 97, 2047, 2048, 2050)),
     *({**GROUP, "L": n, "S": 21, "D": 5, "DV": 3} for n in (3, 4, 5, 23, 24, 25)),
     {"B": 1, "NH": 7, "NK": 1, "L": 7, "S": 600, "D": 5, "DV": 3},  # 49 rows of one group
@@ -85,9 +88,9 @@ LARGE += [
 # Decoding's tiles of 1 to 4 rows, with values read once, in passes of rows, and by columns.
 LARGE += [
     AttentionProblem(B=1, NH=n, NK=1, L=1, S=37, D=D, DV=D, dtype=dtype)
-    for n, D, dtype in product((1, 2, 3, 4), (64, 96, 128, 272), DTYPES)
+    for n, D, dtype in product((1, 2, 3, 4), (64, 96, 128, 192, 256, 272), DTYPES)
 ]
-LARGE += [AttentionProblem(B=1, NH=3, NK=3, L=9, S=1030, D=512, DV=520, ragged="q")]
+LARGE += [AttentionProblem(B=1, NH=3, NK=3, L=49, S=1030, D=512, DV=520, ragged="q")]
 
 
 def edges():
@@ -124,7 +127,8 @@ def test_forward_error(problem):
 
 
 def is_decode(problem):
-    return problem.L * problem.NH // problem.NK <= 8
+    rows = problem.L * problem.NH // problem.NK
+    return rows <= 8 or (rows <= 48 and rows**2 <= problem.S)
 
 
 # One backward pass follows both paths. Of so few queries as decoding's, torch's own float32 error,

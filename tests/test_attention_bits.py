@@ -17,6 +17,7 @@ SIZES = {"B": 5, "NH": 4, "NK": 2, "D": 11, "DV": 9}
 PATHS = {
     "decode": {"L": 2, "S": 19},
     "decode-chunks": {"L": 2, "S": 1100},
+    "decode-tiles": {"L": 7, "S": 1100},
     "packed": {"L": 13, "S": 19},
     "packed-blocks": {"L": 30, "S": 530},
 }
@@ -42,8 +43,9 @@ REGIMES = {
     "heads-and-one": {"B": 13, "NH": 1, "NK": 1, "L": 50, "S": 60, "D": 16, "DV": 16},
     "blocks": {"B": 1, "NH": 2, "NK": 1, "L": 130, "S": 600, "D": 16, "DV": 16},
     "one-head": {"B": 1, "NH": 1, "NK": 1, "L": 120, "S": 800, "D": 8, "DV": 8},
-    "waves": {"B": 1, "NH": 3, "NK": 3, "L": 9, "S": 1030, "D": 512, "DV": 520},
+    "waves": {"B": 1, "NH": 3, "NK": 3, "L": 49, "S": 1030, "D": 512, "DV": 520},
     "decode": {"B": 3, "NH": 4, "NK": 2, "L": 1, "S": 2100, "D": 16, "DV": 16},
+    "decode-tiles": {"B": 3, "NH": 8, "NK": 2, "L": 4, "S": 2100, "D": 16, "DV": 16},
     "inline": {"B": 1, "NH": 1, "NK": 1, "L": 3, "S": 5, "D": 4, "DV": 4},
     "mixed": {"B": 5, "NH": 2, "NK": 2, "L": 60, "S": 700, "D": 16, "DV": 16, "ragged": "qkv"},
 }
@@ -182,13 +184,13 @@ def test_any_layout(path, dtype, layout):
     assert_same_bits(results(moved(problem, LAYOUTS[layout])), results(problem))
 
 
-# A key's heads one behind the other are decoded together, from 4 MiB on: all, or 4 and 2 of 6 with
-# 8 rows each; with one chunk of keys fewer, so that every thread has some.
+# A key's heads one behind the other are decoded together, from 4 MiB on: all, or 3 and 3 of 6 with
+# 16 rows each; with one chunk of keys fewer, so that every thread has some.
 TOGETHER = 1 << 22
 NEIGHBOURS = {
     "one-row": {"NH": 6, "NK": 6, "L": 1, "D": 64, "DV": 64},
     "rows-of-a-group": {"NH": 8, "NK": 2, "L": 1, "D": 128, "DV": 128},
-    "part-of-the-heads": {"NH": 12, "NK": 6, "L": 4, "D": 48, "DV": 48},
+    "part-of-the-heads": {"NH": 12, "NK": 6, "L": 8, "D": 48, "DV": 48},
     "one-chunk": {"B": 1, "NH": 16, "NK": 8, "L": 1, "S": 2000, "D": 64, "DV": 64},
     "odd": {"NH": 12, "NK": 4, "L": 2, "D": 75, "DV": 83},
 }

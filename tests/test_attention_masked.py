@@ -19,6 +19,7 @@ import fastseq
 PATHS = {
     "decode": {"L": 8, "S": 19},
     "decode-chunks": {"L": 8, "S": 1050},
+    "decode-tiles": {"L": 17, "S": 1050},
     "packed": {"L": 53, "S": 19},
     "packed-blocks": {"L": 53, "S": 601},
     "long": {"L": 61, "S": 23},

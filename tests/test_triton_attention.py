@@ -199,7 +199,7 @@ def test_shipped_blocks(monkeypatch, dtype, D, fields):
     ids=["plain", "options"],
 )
 def test_packed_rows_meet_the_reference(fields):
-    problem = problem_of({"B": 4, "NH": 1, "ragged": "qkv"} | fields)
+    problem = problem_of({"B": 6, "NH": 1, "ragged": "qkv"} | fields)
     (q, k, v, cu_q, cu_k), (do, dlse) = pack(problem)
     left_out = ("q_lengths", "kv_lengths", "mask")
     given = {name: a for name, a in problem.options.items() if name not in left_out}

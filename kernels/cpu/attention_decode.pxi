@@ -1,6 +1,8 @@
-# Few queries, many keys: a decoding step. The query heads of a group are the rows of one tile, so
+# Few queries, many keys: a decoding step. The query heads of a group are the rows of a few tiles, so
 # keys and values are read once and not packed; they are cut into chunks, whatever the thread count,
-# which threads share. Each chunk leaves m, l and the weighted values of its rows; they are joined
+# which threads share. Packed, one key head's queries are one task, up to MOST_DECODE_ROWS: 12 to 32
+# against 4096 keys and more took 1.0 to 2.7 times as long on one thread, 1.5 to 3.6 on two (Zen 5).
+# Each chunk leaves m, l and the weighted values of its rows; they are joined
 # in the order of the chunks. Long chunks are long streams, 1.01 to 1.16 times as fast on two
 # threads (Zen 4), but tasks for half as many; MANY_HEADS heads have some left.
 # Heads of a key that are neighbours in memory are one task, if enough tasks are left, in turns of
@@ -9,8 +11,8 @@
 # Cost: S (D + DV) reals read a head. Source: Dao et al., Flash-Decoding, 2023.
 
 cdef enum:
-    MOST_DECODE_ROWS = 8            # more rows gain from packed keys
-    TASK_ROWS = 32                  # of all heads of a task, at most
+    FEW_ROWS = 8                    # against any number of keys; R rows against R R or more
+    MOST_DECODE_ROWS = QUERY_ROWS   # of one head, or of all heads of a task
     CHUNK_KEYS = 1024
     LONG_CHUNK_KEYS = 2048
     MANY_HEADS = 4
@@ -32,21 +34,23 @@ cdef struct DecodeTile:             # rows of one key/value head, against a chun
 cdef struct Decode:                 # one thread's
     const Problem *p
     Py_ssize_t task_heads           # key/value heads of a task
-    # of a task's rows: TASK_ROWS, of one head MOST_DECODE_ROWS
+    # of MOST_DECODE_ROWS
     DecodeTile *tiles
     real *q                         # (rows, round_up(D)), scaled
     real *s                         # (rows, chunk_keys + 16)
-    real *parts                     # all threads': (B NK, chunks, MOST_DECODE_ROWS, part_row)
+    real *parts                     # all threads': (B NK, chunks, rows, part_row)
     Py_ssize_t chunk_keys
+    Py_ssize_t rows                 # of a head, the most
     Py_ssize_t chunks, part_row     # of the longest sequence; acc (DV) | m | l
 
 
 cdef inline bint is_decode(const Problem *p, Py_ssize_t b) noexcept nogil:
-    return p.q_len[b] * p.group <= MOST_DECODE_ROWS
+    cdef Py_ssize_t rows = p.q_len[b] * p.group
+    return rows <= FEW_ROWS or (rows <= MOST_DECODE_ROWS and rows * rows <= p.kv_len[b])
 
 
 cdef void decode_layout(Decode *d, char **arena) noexcept nogil:
-    cdef Py_ssize_t rows = TASK_ROWS if d.task_heads > 1 else MOST_DECODE_ROWS
+    cdef Py_ssize_t rows = d.rows * d.task_heads
     d.tiles = <DecodeTile *>take(arena, rows * sizeof(DecodeTile))
     d.q = <real *>take(arena, rows * round_up(d.p.D) * sizeof(real))
     d.s = <real *>take(arena, rows * (d.chunk_keys + 16) * sizeof(real))
@@ -59,26 +63,26 @@ cdef inline bint are_neighbours(const Problem *p, const Heads *x, Py_ssize_t wid
 
 cdef void decode_sizes(Decode *d, int threads) noexcept nogil:
     cdef const Problem *p = d.p
-    cdef Py_ssize_t b, rows = 1, keys = 0
+    cdef Py_ssize_t b, keys = 0
     d.part_row = round_up(p.DV) + 16
     d.chunk_keys = LONG_CHUNK_KEYS if p.NK >= MANY_HEADS else CHUNK_KEYS
-    d.chunks = 0
+    d.chunks, d.rows = 0, 1
     for b in range(p.B):
         if is_decode(p, b):
             d.chunks = max(d.chunks, max(1, ceil_div(p.kv_len[b], d.chunk_keys)))
-            rows = max(rows, p.q_len[b] * p.group)
+            d.rows = max(d.rows, p.q_len[b] * p.group)
             keys += p.kv_len[b]
     d.task_heads = 1
     if (are_neighbours(p, &p.k, p.D) and are_neighbours(p, &p.v, p.DV)
             and keys * p.NK * (p.D + p.DV) * <Py_ssize_t>sizeof(real) >= TOGETHER):
-        d.task_heads = imin(p.NK, TASK_ROWS // rows)
+        d.task_heads = imin(p.NK, MOST_DECODE_ROWS // d.rows)
     while d.task_heads > 1 and p.B * d.chunks * ceil_div(p.NK, d.task_heads) < threads:
         d.task_heads = ceil_div(d.task_heads, 2)
 
 
 cdef inline real *decode_part(const Decode *d, Py_ssize_t n, Py_ssize_t chunk,
                               Py_ssize_t r) noexcept nogil:
-    return d.parts + ((n * d.chunks + chunk) * MOST_DECODE_ROWS + r) * d.part_row
+    return d.parts + ((n * d.chunks + chunk) * d.rows + r) * d.part_row
 
 
 cdef void open_tile(Decode *d, DecodeTile *t, Py_ssize_t place, Py_ssize_t n, Py_ssize_t chunk,
@@ -126,8 +130,9 @@ cdef void decode_turn(const Decode *d, DecodeTile *t, Py_ssize_t at, Py_ssize_t 
 
 
 cdef void decode_turns(const Decode *d, Py_ssize_t tiles, bint values) noexcept nogil:
-    """`decode_turn` of all keys of all tiles; where a task has several heads, they take turns."""
-    cdef bint together = d.task_heads > 1, all_heads = together and d.task_heads == d.p.NK
+    """`decode_turn` of all keys of all tiles; several heads take turns, and more tiles than two."""
+    cdef bint all_heads = d.task_heads > 1 and d.task_heads == d.p.NK
+    cdef bint together = d.task_heads > 1 or tiles > 2
     cdef Py_ssize_t at = 0, most = TURN_KEYS if together else d.chunk_keys, end = 0, keys, number
     cdef DecodeTile *t
     for number in range(tiles):

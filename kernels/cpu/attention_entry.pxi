@@ -156,7 +156,7 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     f.p = d.p = p
     forward_layout(&f, &none)
     decode_sizes(&d, threads)
-    reals = p.B * p.NK * d.chunks * MOST_DECODE_ROWS * d.part_row
+    reals = p.B * p.NK * d.chunks * d.rows * d.part_row
     call.parts = <real *>get_memory(max(reals, 1) * sizeof(real))
     if call.parts == NULL:
         return False
