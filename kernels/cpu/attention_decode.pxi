@@ -1,4 +1,4 @@
-# Few queries, many keys: a decoding step. The query heads of a group are the rows of a few tiles, so
+# Few queries, many keys: a decoding step. Query heads of a group are the rows of a few tiles, so
 # keys and values are read once and not packed; they are cut into chunks, whatever the thread count,
 # which threads share. Packed, one key head's queries are one task, up to MOST_DECODE_ROWS: 12 to 32
 # against 4096 keys and more took 1.0 to 2.7 times as long on one thread, 1.5 to 3.6 on two (Zen 5).
