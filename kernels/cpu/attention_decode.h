@@ -10,19 +10,18 @@ enum {
     WEIGH_SUMS = VBYTES == 64 ? 24 : 12, /* in registers; the rest holds weights and values */
     TURN_KEYS = 32,                      /* that heads take in turn, and that a chain sums */
     REREAD_KEYS = 16,                    /* whose values stay in L1 until the last rows are done */
-    AHEAD = 8192 / sizeof(real)          /* reals from what is read to what is asked for */
+    AHEAD = 8192 / sizeof(real)          /* reals from what is read to what is prefetched */
 };
 /* or the sums of values, and what dots writes past a turn's keys, depended on the turns */
 _Static_assert(TURN_KEYS % REREAD_KEYS == 0 && TURN_KEYS % VL == 0, "turns are of whole blocks");
 
 /* Keys and values of a decoding step come from memory once. They are read in the order in which
  * they lie there, then the core's prefetchers keep up: 20 to 35 GB/s on one core, as much as a
- * plain sum, against 10 to 14 with the lines of 8 rows in turn or half a row at a time (Zen 4, D 64
- * and 128); prefetch instructions made up for none of it. So the compiler must not interleave what
- * this stands between.
- * They look some lines ahead, and products of several rows take longer than the core can put off
- * for these: rows that lie without gaps are also asked for AHEAD of their use. Two threads decode
- * 1.1 to 1.7 times as fast from memory, 0.95 to 1.2 in cache (Zen 5; half or twice: less). */
+ * plain sum, against 10 to 14 with the lines of 8 rows in turn or half a row at a time, whatever
+ * was prefetched (Zen 4, D 64 and 128). So the compiler must not interleave what this stands
+ * between. The prefetchers look some lines ahead, too few while rows are multiplied: rows without
+ * gaps between them are prefetched AHEAD as well. Two threads decode 1.1 to 1.7 times as fast from
+ * memory, 0.95 to 1.2 in cache (Zen 5; less with half of AHEAD or twice). */
 #define IN_ORDER __asm__ volatile("")
 
 /* s[r][j] = q[r] . k_j for rows r and keys j of [0, n): k_j is k + j * ld. The keys are read
@@ -49,7 +48,7 @@ INLINE void dots_fixed(const int rows, const real *const *q, const real *k, intp
                 UNROLL
                 for (int i = 0; i < together; i++) {
                     if (ahead && d * sizeof(real) % 64 == 0)
-                        ask(key[i] + d + ahead, VL);
+                        prefetch(key[i] + d + ahead, VL);
                     vec kd = load(key[i] + d);
                     UNROLL
                     for (int r = 0; r < rows; r++)
@@ -101,12 +100,12 @@ DOTS(1) DOTS(2) DOTS(3) DOTS(4)
 #undef DOTS
 
 /* o[r][d] += sum_j p[r][j] v_j[d] for columns [d, d + nv VL), keys [0, n); v_j is v + j * ld,
- * asked for ahead or not. */
+ * prefetched or not. */
 #define WEIGH(R, NV)                                                                               \
     static __attribute__((noinline, unused)) void weigh_##R##x##NV(                                \
         const real *const *p, const real *v, intptr_t ld, intptr_t n, real *const *o, intptr_t d,  \
-        int asked) {                                                                               \
-        if (asked)                                                                                 \
+        int prefetched) {                                                                          \
+        if (prefetched)                                                                            \
             tile_fixed(R, NV, 0, p, 0, 0, n, v + d, ld, AHEAD, 0, o, d);                           \
         else                                                                                       \
             tile_fixed(R, NV, 0, p, 0, 0, n, v + d, ld, 0, 0, o, d);                               \
@@ -138,7 +137,7 @@ INLINE void read_rows(const real *v, intptr_t ld, intptr_t n, intptr_t DV) {
 
 /* o[r] += sum_j p[r][j] v_j for keys [0, n). Where registers hold sums of two rows' whole values
  * or of all rows, values are read in whole rows of them. Else a few keys' values are multiplied by
- * columns; where they are not asked for ahead, they are read into L1 first, in their order. */
+ * columns; where they are not prefetched, they are read into L1 first, in their order. */
 static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, const real *v,
                                           intptr_t ld, intptr_t n, intptr_t DV, real *const *o) {
 #define AT(R, NV) ((R) * (NV) <= WEIGH_SUMS ? weigh_##R##x##NV : 0)
@@ -155,20 +154,20 @@ static __attribute__((unused)) void weigh(intptr_t rows, const real *const *p, c
     intptr_t most = in_rows || rows * MAX_NV <= WEIGH_SUMS ? MAX_NV : WEIGH_SUMS / rows;
     intptr_t parts = vectors > most ? (vectors + most - 1) / most : 1;
     most = (vectors + parts - 1) / parts; /* of equal width */
-    int asked = ld == DV && parts <= 6; /* more: the first reads too fast to be asked for in time */
+    int prefetched = ld == DV && parts <= 6; /* the first of more reads them too soon */
     intptr_t block = in_rows && height == rows && DV == vectors * VL ? TURN_KEYS : REREAD_KEYS;
     const real *pj[DECODE_ROWS];
     for (intptr_t j = 0; j < n; j += block) {
         intptr_t keys = n - j < block ? n - j : block, d = 0;
         for (int r = 0; r < rows; r++)
             pj[r] = p[r] + j;
-        if (!in_rows && !asked)
+        if (!in_rows && !prefetched)
             read_rows(v + j * ld, ld, keys, DV);
         while (d + VL <= DV) {
             intptr_t nv = (DV - d) / VL < most ? (DV - d) / VL : most;
             for (intptr_t r = 0; r < rows; r += height)
                 fn[rows - r < height ? rows - r : height][nv](pj + r, v + j * ld, ld, keys, o + r,
-                                                              d, asked);
+                                                              d, prefetched);
             d += nv * VL;
         }
         for (; d < DV; d++)

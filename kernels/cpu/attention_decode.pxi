@@ -1,13 +1,12 @@
 # Few queries, many keys: a decoding step. Query heads of a group are the rows of a few tiles, so
-# keys and values are read once and not packed; they are cut into chunks, whatever the thread count,
-# which threads share. Packed, one key head's queries are one task, up to MOST_DECODE_ROWS: 12 to 32
-# against 4096 keys and more took 1.0 to 2.7 times as long on one thread, 1.5 to 3.6 on two (Zen 5).
-# Each chunk leaves m, l and the weighted values of its rows; they are joined
-# in the order of the chunks. Long chunks are long streams, 1.01 to 1.16 times as fast on two
-# threads (Zen 4), but tasks for half as many; MANY_HEADS heads have some left.
-# Heads of a key that are neighbours in memory are one task, if enough tasks are left, in turns of
-# TURN_KEYS keys. If it has all heads, a turn's rows are read first, in the order in which they lie:
-# 1.4 to 2 times as fast from memory, 0.75 to 1.1 from L3 (Zen 4).
+# keys and values are read once and not packed; threads share chunks of them, cut whatever their
+# count. Each leaves m, l and the weighted values of its rows; they are joined in order. Up to
+# MOST_DECODE_ROWS, packed keys are one task a head: 12 to 32 rows against 4096 keys and more took
+# 1.0 to 2.7 times as long on one thread, 1.5 to 3.6 on two (Zen 5). Long chunks are long streams,
+# 1.01 to 1.16 times as fast (Zen 4), but tasks for half as many; MANY_HEADS heads have some left.
+# Neighbouring heads of a key are one task, if enough tasks are left, in turns of TURN_KEYS keys. If
+# it has all heads, a turn's rows are read first, as they lie: 1.4 to 2 times as fast from memory,
+# 0.75 to 1.1 from L3 (Zen 4).
 # Cost: S (D + DV) reals read a head. Source: Dao et al., Flash-Decoding, 2023.
 
 cdef enum:
@@ -34,7 +33,7 @@ cdef struct DecodeTile:             # rows of one key/value head, against a chun
 cdef struct Decode:                 # one thread's
     const Problem *p
     Py_ssize_t task_heads           # key/value heads of a task
-    # of MOST_DECODE_ROWS
+    # of a task's rows
     DecodeTile *tiles
     real *q                         # (rows, round_up(D)), scaled
     real *s                         # (rows, chunk_keys + 16)

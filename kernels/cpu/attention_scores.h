@@ -213,8 +213,8 @@ static __attribute__((unused)) void finish_scores(const RowOptions *o, real *s, 
 /* Keys [lo, hi) of a row of the bias or its gradient, NULL without, asked for while the products
  * that meet them are computed. */
 INLINE void prefetch_keys(const real *row, intptr_t stride, intptr_t lo, intptr_t hi) {
-    for (intptr_t j = lo; j < hi && row && stride == 1; j += 64 / sizeof(real))
-        __builtin_prefetch(row + j, 0, 3);
+    if (row && stride == 1)
+        prefetch(row + lo, hi - lo);
 }
 
 INLINE void copy_scaled(real *restrict to, const real *restrict from, intptr_t n, real by) {

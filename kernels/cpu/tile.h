@@ -61,15 +61,16 @@ INLINE void step(const int rows, const int nv, const int turned, const real *con
     }
 }
 
-/* Asks for p[0 : n] before its use. */
-INLINE void ask(const real *p, intptr_t n) {
+/* p[0 : n] into L1, before its use. */
+INLINE void prefetch(const real *p, intptr_t n) {
     for (intptr_t d = 0; d < n; d += 64 / sizeof(real))
         __builtin_prefetch(p + d, 0, 3);
 }
 
 /* a: row r is a[r][k], or if `turned` a[0][k * lda + r], so that a product with a transposed left
- * side needs no copy. Step k of w is ldw reals after step k - 1, and asked for `ahead` reals before
- * its use, or not if 0. init: NULL to add to c, else one row that every row of c starts from. */
+ * side needs no copy. Step k of w is ldw reals after step k - 1; it is prefetched `ahead` reals
+ * before its use, not at all if 0. init: NULL to add to c, else one row that every row of c starts
+ * from. */
 INLINE void tile_fixed(const int rows, const int nv, const int turned, const real *const *a,
                        intptr_t lda, intptr_t k0, intptr_t k1, const real *w, intptr_t ldw,
                        intptr_t ahead, const real *init, real *const *c, intptr_t col) {
@@ -83,7 +84,7 @@ INLINE void tile_fixed(const int rows, const int nv, const int turned, const rea
         UNROLL_STEPS /* GRU inference 1.01 to 1.06 times as fast, LSTM and attention 1.01 (Zen 3) */
         for (; k0 < end; k0++, w += ldw) {
             if (ahead)
-                ask(w + ahead, nv * VL);
+                prefetch(w + ahead, nv * VL);
             step(rows, nv, turned, row, k0, w, acc);
             row[0] += turned ? lda : 0;
         }
