@@ -123,7 +123,7 @@ def _pass(job, like):
     kind, partials = job.kind, at(job.partials, _SUM)
     exact_c = at(job.c, _SUM)[0]
     c = type(like)(exact_c)
-    task = take(job, job.tasks, kind == SCALE)
+    task = take(job, job.tasks, kind == SCALE, 0)
     while task >= 0:
         array, start, n = _block(job, task)
         x = at(at(job.blocks, _INT)[array] + start * job.itemsize, like)
@@ -139,7 +139,7 @@ def _pass(job, like):
             _scale(x, n, c)
         else:
             _limit(x, n, c)
-        task = take(job, job.tasks, kind == SCALE)
+        task = take(job, job.tasks, kind == SCALE, 0)
 
 
 def pass_f32(job):

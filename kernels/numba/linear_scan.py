@@ -203,7 +203,7 @@ def _backward_tile(job, b, c, n, like):
 def _task(job):
     """The next tile: row, first column, columns; no columns at the end."""
     tiles = (job.C + job.tile - 1) // job.tile
-    task = take(job, job.B * tiles, False)
+    task = take(job, job.B * tiles, False, 0)
     if task < 0:
         return 0, 0, 0
     c = task % tiles * job.tile

@@ -15,11 +15,12 @@ from functools import cache, lru_cache
 
 import numpy as np
 from fastseq.kernels.numba import native
-from fastseq.kernels.numba.native import OPTIONS, at, stack, take
+from fastseq.kernels.numba.native import OPTIONS, at, barrier, stack, take
 from numba import carray, njit
 
 CHUNK = 64  # about so many steps; a group of lanes then reads and writes few pages at once
 LANES, FOLD_LANES = 8, 4
+FOLDS, CARRIES, SCANS, PHASES = 0, 1, 2, 3
 
 _NUMBERS = ("T", "B", "C", "itemsize", "chunk", "chunks", "ends", "products", "states", "wild")
 _SEQUENCES = dict.fromkeys(("a", "x", "y", "h", "da", "resets"), "tb")
@@ -39,13 +40,13 @@ def _steps(job, k):
 
 
 @njit(**OPTIONS)
-def _task(job):
+def _task(job, phase):
     """The next group of LANES chunks: row, column, first chunk, steps of its last; -1: none.
 
     A thread takes all columns of its time: neighbours of a step are in one cache line.
     """
     columns = job.B * job.C
-    task = take(job, columns * (job.chunks // LANES), False)
+    task = take(job, columns * (job.chunks // LANES), False, phase)
     if task < 0:
         return -1, 0, 0, 0
     q, first = task % columns, task // columns * LANES
@@ -112,19 +113,19 @@ def _scan(job, b, c, first, lanes, start, steps, like):
 
 @njit(**OPTIONS)
 def _folds(job, like):
-    b, c, first, steps = _task(job)
+    b, c, first, steps = _task(job, FOLDS)
     while b >= 0:
         for k in range(first, first + LANES, FOLD_LANES):
             _fold(job, b, c, k, FOLD_LANES, 0, steps, like)
         for k in range(first, first + LANES - 1):
             if steps < _steps(job, k):
                 _fold(job, b, c, k, 1, steps, _steps(job, k), like)
-        b, c, first, steps = _task(job)
+        b, c, first, steps = _task(job, FOLDS)
 
 
 @njit(**OPTIONS)
 def _scans(job, like):
-    b, c, first, steps = _task(job)
+    b, c, first, steps = _task(job, SCANS)
     while b >= 0:
         _scan(job, b, c, first, LANES, 0, steps, like)
         for k in range(first, first + LANES - 1):
@@ -134,14 +135,14 @@ def _scans(job, like):
             q = (b * job.C + c) * job.chunks
             final = at(job.final + b * job.final_b, like)
             final[c] = at(job.states, like)[q + job.chunks - 1]
-        b, c, first, steps = _task(job)
+        b, c, first, steps = _task(job, SCANS)
 
 
 @njit(**OPTIONS)
 def _carries(job, like):
     """The states before all chunks, column by column."""
     ends, products, states = at(job.ends, like), at(job.products, like), at(job.states, like)
-    q = take(job, job.B * job.C, False)
+    q = take(job, job.B * job.C, False, CARRIES)
     while q >= 0:
         b, c = q // job.C, q % job.C
         a_b, x_b = job.a + b * job.a_b, job.x + b * job.x_b
@@ -155,41 +156,30 @@ def _carries(job, like):
             for t in range(k * job.chunk, k * job.chunk + _steps(job, k)):
                 a, x = at(a_b + t * job.a_t, like)[c], at(x_b + t * job.x_t, like)[c]
                 state = x if _reset(job, t, b) else a * state + x
-        q = take(job, job.B * job.C, False)
+        q = take(job, job.B * job.C, False, CARRIES)
 
 
-def folds_f32(job):
-    _folds(carray(job, 1, JOB)[0], np.float32(0))
+@njit(**OPTIONS)
+def _run(job, like):
+    _folds(job, like)
+    barrier(job)
+    _carries(job, like)
+    barrier(job)
+    _scans(job, like)
 
 
-def folds_f64(job):
-    _folds(carray(job, 1, JOB)[0], np.float64(0))
+def scan_f32(job):
+    _run(carray(job, 1, JOB)[0], np.float32(0))
 
 
-def carries_f32(job):
-    _carries(carray(job, 1, JOB)[0], np.float32(0))
-
-
-def carries_f64(job):
-    _carries(carray(job, 1, JOB)[0], np.float64(0))
-
-
-def scans_f32(job):
-    _scans(carray(job, 1, JOB)[0], np.float32(0))
-
-
-def scans_f64(job):
-    _scans(carray(job, 1, JOB)[0], np.float64(0))
+def scan_f64(job):
+    _run(carray(job, 1, JOB)[0], np.float64(0))
 
 
 @cache
-def _kernels(itemsize):
-    """The kernels folds, carries and scans."""
-    functions = {
-        4: (folds_f32, carries_f32, scans_f32),
-        8: (folds_f64, carries_f64, scans_f64),
-    }[itemsize]
-    return native.compile_all(f"linear_scan in chunks for {8 * itemsize}-bit numbers", functions)
+def _kernel(itemsize):
+    what = f"linear_scan in chunks for {8 * itemsize}-bit numbers"
+    return native.compile_all(what, ({4: scan_f32, 8: scan_f64}[itemsize],))[0]
 
 
 @lru_cache(maxsize=256)
@@ -222,7 +212,4 @@ def scan(a, x, y, initial, final, resets, threads, h=None, da=None):
     parts = [start + part * n * a.itemsize for part in range(4)]  # ends, products, states, wild
     arrays = [(s, 2) for s in (a, x, y, h, da, resets)] + [(initial, 1), (final, 1)]
     job = native.job((T, B, C, a.itemsize, chunk, chunks, *parts), arrays)
-    folds, carries, scans = _kernels(a.itemsize)
-    native.run(folds, job, threads)
-    native.run(carries, job, threads if B * C > LANES else 1)
-    native.run(scans, job, threads)
+    native.run(_kernel(a.itemsize), job, threads, PHASES)

@@ -84,9 +84,27 @@ def _rank(typingctx, function):
     return types.int64(types.int64), codegen
 
 
+@intrinsic
+def _meet(typingctx, function):
+    """GOMP_barrier, at the address."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
+
+    return types.void(types.int64), codegen
+
+
 @njit(**OPTIONS)
-def take(job, tasks, backwards):
-    """The next of `tasks` tasks for this thread, -1 if there is none.
+def barrier(job):
+    """All threads wait here for each other."""
+    if job.threads > 1:
+        _meet(job.barrier)
+
+
+@njit(**OPTIONS)
+def take(job, tasks, backwards, phase):
+    """The next of `tasks` tasks for this thread, -1 if there is none. Every phase has its own.
 
     Each thread has a share of its own, the same in every pass over the same tasks, so that what it
     has read and written is in its cache: on a virtual machine another core's may be 300 ns away.
@@ -96,9 +114,10 @@ def take(job, tasks, backwards):
     for k in range(job.threads):
         r = (rank + k) % job.threads
         first, end = r * tasks // job.threads, (r + 1) * tasks // job.threads
-        if at(job.taken, 0)[r * (CACHE_LINE // 8)] >= end - first:
+        taken = job.taken + (phase * job.threads + r) * CACHE_LINE
+        if at(taken, 0)[0] >= end - first:
             continue
-        task = first + _count(job.taken + r * CACHE_LINE)
+        task = first + _count(taken)
         if task < end:
             return first + end - 1 - task if backwards else task
     return -1
@@ -109,7 +128,7 @@ def record(*numbers, **axes):
 
     record("T", a="tb") has the fields of `take`, T, a, a_t, a_b; all int64.
     """
-    names = ["taken", "threads", "rank_of", *numbers]
+    names = ["taken", "threads", "rank_of", "barrier", *numbers]
     for name, letters in axes.items():
         names += [name, *(f"{name}_{letter}" for letter in letters)]
     return np.dtype([(name, np.int64) for name in names])
@@ -120,7 +139,7 @@ def job(numbers, arrays):
 
     An array None gets zeros. Not a NumPy record, which takes 40 us to fill (Zen 3); this takes 3.
     """
-    values = [0, 0, 0, *numbers]
+    values = [0, 0, 0, 0, *numbers]
     for a, axes in arrays:
         values += [0] * (axes + 1) if a is None else [address(a), *a.strides[:axes]]
     return array("q", values)
@@ -158,26 +177,27 @@ def address_of(function):
 
 
 def _openmp():
-    """libgomp's GOMP_parallel(kernel, job, threads, flags) and omp_get_thread_num, or None."""
+    """libgomp's GOMP_parallel(kernel, job, threads, flags), and the addresses of omp_get_thread_num
+    and GOMP_barrier; or None."""
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL("libgomp.so.1")
-        parallel, rank = library.GOMP_parallel, library.omp_get_thread_num
+        parallel, inside = library.GOMP_parallel, (library.omp_get_thread_num, library.GOMP_barrier)
         parallel.argtypes = [_KERNEL, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         parallel.restype = None
-        return parallel, address_of(rank)
+        return parallel, *map(address_of, inside)
     return None
 
 
 _OPENMP = _openmp()
 
 
-def run(kernel, job, threads):
+def run(kernel, job, threads, phases=1):
     """Call kernel(job) once on each of the threads, and wait."""
     threads = threads if _OPENMP is not None else 1
-    taken, where = array("q", bytes(CACHE_LINE * threads)), job.buffer_info()[0]
+    taken, where = array("q", bytes(CACHE_LINE * threads * phases)), job.buffer_info()[0]
     job[0], job[1] = taken.buffer_info()[0], threads
     if threads > 1:
-        parallel, job[2] = _OPENMP
+        parallel, job[2], job[3] = _OPENMP
         parallel(kernel, where, threads, 0)
     else:
         kernel(where)
