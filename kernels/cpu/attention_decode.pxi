@@ -37,14 +37,23 @@ cdef struct Decode:                 # one thread's
     DecodeTile *tiles
     real *q                         # (rows, round_up(D)), scaled
     real *s                         # (rows, chunk_keys + 16)
-    real *parts                     # all threads': (B NK, chunks, rows, part_row)
+    real *parts                     # all threads': per b (NK, chunks, rows, part_row)
+    const int64_t *part_first       # (B,) where b's parts start in them
     Py_ssize_t chunk_keys
-    Py_ssize_t rows                 # of a head, the most
-    Py_ssize_t chunks, part_row     # of the longest sequence; acc (DV) | m | l
+    Py_ssize_t rows, chunks         # of a head, the most
+    Py_ssize_t part_row             # acc (DV) | m | l
+
+
+cdef inline Py_ssize_t decode_rows(const Problem *p, Py_ssize_t b) noexcept nogil:
+    return p.q_len[b] * p.group
+
+
+cdef inline Py_ssize_t decode_chunks(const Decode *d, Py_ssize_t b) noexcept nogil:
+    return max(1, ceil_div(d.p.kv_len[b], d.chunk_keys))
 
 
 cdef inline bint is_decode(const Problem *p, Py_ssize_t b) noexcept nogil:
-    cdef Py_ssize_t rows = p.q_len[b] * p.group
+    cdef Py_ssize_t rows = decode_rows(p, b)
     return rows <= FEW_ROWS or (rows <= MOST_DECODE_ROWS and rows * rows <= p.kv_len[b])
 
 
@@ -68,8 +77,8 @@ cdef void decode_sizes(Decode *d, int threads) noexcept nogil:
     d.chunks, d.rows = 0, 1
     for b in range(p.B):
         if is_decode(p, b):
-            d.chunks = max(d.chunks, max(1, ceil_div(p.kv_len[b], d.chunk_keys)))
-            d.rows = max(d.rows, p.q_len[b] * p.group)
+            d.chunks = max(d.chunks, decode_chunks(d, b))
+            d.rows = max(d.rows, decode_rows(p, b))
             keys += p.kv_len[b]
     d.task_heads = 1
     if (are_neighbours(p, &p.k, p.D) and are_neighbours(p, &p.v, p.DV)
@@ -81,7 +90,9 @@ cdef void decode_sizes(Decode *d, int threads) noexcept nogil:
 
 cdef inline real *decode_part(const Decode *d, Py_ssize_t n, Py_ssize_t chunk,
                               Py_ssize_t r) noexcept nogil:
-    return d.parts + ((n * d.chunks + chunk) * d.rows + r) * d.part_row
+    cdef Py_ssize_t b = n // d.p.NK, hk = n % d.p.NK
+    cdef Py_ssize_t row = (hk * decode_chunks(d, b) + chunk) * decode_rows(d.p, b) + r
+    return d.parts + d.part_first[b] + row * d.part_row
 
 
 cdef void open_tile(Decode *d, DecodeTile *t, Py_ssize_t place, Py_ssize_t n, Py_ssize_t chunk,
@@ -150,7 +161,7 @@ cdef void decode_task(Decode *d, Py_ssize_t b, Py_ssize_t first_head, Py_ssize_t
                       Py_ssize_t chunk) noexcept nogil:
     """Heads first_head : end of sequence b against one chunk."""
     cdef const Problem *p = d.p
-    cdef Py_ssize_t rows = p.q_len[b] * p.group, tiles = 0, place = 0, first, height, hk, number, r
+    cdef Py_ssize_t rows = decode_rows(p, b), tiles = 0, place = 0, first, height, hk, number, r
     cdef DecodeTile *t
     for hk in range(first_head, end):
         first = 0
@@ -190,12 +201,12 @@ cdef void decode_join(const Decode *d, Py_ssize_t n) noexcept nogil:
     """The chunks of head n into its first one, and that into o and lse."""
     cdef const Problem *p = d.p
     cdef Py_ssize_t b = n // p.NK, hk = n % p.NK
-    cdef Py_ssize_t chunks = max(1, ceil_div(p.kv_len[b], d.chunk_keys)), r, c, j
+    cdef Py_ssize_t chunks = decode_chunks(d, b), r, c, j
     cdef Py_ssize_t at = round_up(p.DV)
     cdef real *sum
     cdef real *part
     cdef real m, mine, its
-    for r in range(p.q_len[b] * p.group):
+    for r in range(decode_rows(p, b)):
         sum = decode_part(d, n, 0, r)
         for c in range(1, chunks):
             part = decode_part(d, n, c, r)

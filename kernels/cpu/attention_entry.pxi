@@ -61,7 +61,7 @@ cdef void run_forward(Call *call, int rank, int size) noexcept nogil:
     memset(&d, 0, sizeof(Decode))
     f.p = d.p = &call.p
     f.barrier, f.rank, f.size = call.barrier, rank, size
-    d.parts = call.parts
+    d.parts, d.part_first = call.parts, call.part_first
     decode_sizes(&d, size)
     forward_layout(&f, &arena)
     decode_layout(&d, &arena)
@@ -141,12 +141,12 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     memset(call.barrier, 0, counted)
     call.taken = <int64_t *>(<char *>call.barrier + 128)
     call.counters = call.taken + 2 * COUNTER_STRIDE * threads
+    if call.backward and backward_by_heads(p, threads):
+        return True
+    call.part_first = <int64_t *>get_memory((p.B + 1) * sizeof(int64_t))
+    if call.part_first == NULL:
+        return False
     if call.backward:
-        if backward_by_heads(p, threads):
-            return True
-        call.part_first = <int64_t *>get_memory((p.B + 1) * sizeof(int64_t))
-        if call.part_first == NULL:
-            return False
         for b in range(p.B):
             call.part_first[b] = reals
             reals += slabs(p, b) * p.NH * p.q_len[b] * round_up(p.D)
@@ -156,7 +156,10 @@ cdef bint allocate(Call *call, int threads) noexcept nogil:
     f.p = d.p = p
     forward_layout(&f, &none)
     decode_sizes(&d, threads)
-    reals = p.B * p.NK * d.chunks * d.rows * d.part_row
+    for b in range(p.B):
+        call.part_first[b] = reals
+        if is_decode(p, b):
+            reals += p.NK * decode_chunks(&d, b) * decode_rows(p, b) * d.part_row
     call.parts = <real *>get_memory(max(reals, 1) * sizeof(real))
     if call.parts == NULL:
         return False
