@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastseq.kernels.cpu.contract import address
+
+LINE = 64  # bytes of a cache line
+
+
+def to_line(a) -> int:
+    """Elements between the start of `a`, in C order, and the next cache line."""
+    return -address(a) % LINE // a.itemsize
+
 
 def contiguous(a):
     """`a`, or None, in C order."""

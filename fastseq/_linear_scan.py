@@ -15,13 +15,11 @@ from types import ModuleType
 import numpy as np
 
 from fastseq import _check, _dispatch
-from fastseq._arrays import rows
-from fastseq.kernels.cpu.contract import address
+from fastseq._arrays import LINE, rows, to_line
 
 Array = np.ndarray
 
 CHUNKED_STEPS, CHUNKED_COLUMNS = 8192, 4  # from so many steps, up to so many columns C
-LINE = 64  # bytes of a cache line
 
 
 @cache
@@ -65,8 +63,7 @@ def _results(count: int, shape: tuple[int, ...], dtype: np.dtype) -> list[Array]
     n = prod(shape)
     stride = -(-n // LINE) * LINE  # whole lines of numbers of any size
     memory = np.empty(count * stride + LINE, dtype)
-    first = -address(memory) % LINE // dtype.itemsize
-    starts = [first + number * stride for number in range(count)]
+    starts = [to_line(memory) + number * stride for number in range(count)]
     return [memory[start : start + n].reshape(shape) for start in starts]
 
 

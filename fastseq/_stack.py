@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastseq import _check, _dispatch
-from fastseq._arrays import contiguous, rows
+from fastseq._arrays import LINE, contiguous, rows, to_line
 from fastseq._plan import Place, Plan, check_state, plan_for, signatures, sized
 from fastseq._spec import NO_MASKS, Masks, Spec
 from fastseq.kernels.cpu.contract import Noise, Scan
@@ -33,8 +33,8 @@ def reserve_size(
 
 
 def _pack(plan: Plan, weights: Sequence, threads: int) -> Array:
-    raw = np.empty(plan.packed_size + 64 // plan.dtype.itemsize, plan.dtype)
-    start = plan.kernels.to_cache_line(raw)
+    raw = np.empty(plan.packed_size + LINE // plan.dtype.itemsize, plan.dtype)
+    start = to_line(raw)
     packed = raw[start : start + plan.packed_size]
     for places in plan.layers:
         for place in places:

@@ -20,7 +20,7 @@ def zeros(*shape, dtype=np.float32):
     return np.zeros(shape, dtype)
 
 
-def refused(call, error, message):
+def assert_refused(call, error, message):
     import pytest
 
     with pytest.raises(error, match=f"^{re.escape(message)}$"):

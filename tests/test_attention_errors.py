@@ -8,7 +8,7 @@ from attention_problems import AttentionProblem, solve_reference
 from attention_running import forward, solve
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from running import BIG_ENDIAN, ODD_DTYPES, assert_same_bits, refused, zeros
+from running import BIG_ENDIAN, ODD_DTYPES, assert_refused, assert_same_bits, zeros
 from tolerance import assert_all_close
 
 import fastseq
@@ -147,27 +147,29 @@ errors = pytest.mark.parametrize(("function", "arguments", "error", "message"), 
 
 @errors
 def test_errors(function, arguments, error, message):
-    refused(lambda: getattr(fastseq, function)(**arguments), error, message)
+    assert_refused(lambda: getattr(fastseq, function)(**arguments), error, message)
 
 
 @errors
 def test_vjp_raises_what_the_function_raises(function, arguments, error, message):
-    refused(lambda: fastseq.vjp(getattr(fastseq, function), **arguments), error, message)
+    assert_refused(lambda: fastseq.vjp(getattr(fastseq, function), **arguments), error, message)
 
 
 @pytest.mark.parametrize("seed", [None, 1.0, True, "1", np.array([1])], ids=repr)
 def test_seeds(seed):
     message = f"attention: dropout needs an integer seed, got {seed!r}"
-    refused(lambda: fastseq.attention(**PADDED, dropout_p=0.5, seed=seed), ValueError, message)
+    assert_refused(
+        lambda: fastseq.attention(**PADDED, dropout_p=0.5, seed=seed), ValueError, message
+    )
 
 
 def test_no_features_or_heads():
     none = {"q": zeros(B, NH, L, 0), "k": zeros(B, NK, S, 0)}
     message = "attention: q must have D >= 1, got shape (2, 4, 3, 0)"
-    refused(lambda: fastseq.attention(**PADDED | none), ValueError, message)
+    assert_refused(lambda: fastseq.attention(**PADDED | none), ValueError, message)
     none = {"k": zeros(B, 0, S, D), "v": zeros(B, 0, S, DV)}
     message = "attention: NH must be a multiple of NK, got NH = 4, NK = 0"
-    refused(lambda: fastseq.attention(**PADDED | none), ValueError, message)
+    assert_refused(lambda: fastseq.attention(**PADDED | none), ValueError, message)
 
 
 def test_pullback_errors():
@@ -182,7 +184,7 @@ def test_pullback_errors():
             ((zeros(1, dtype=float), None), TypeError, "do must be float32 as q is, got float64"),
             ((None, [0.0]), TypeError, "dlse must be a NumPy array, got list"),
         ):
-            refused(lambda d=cotangents, p=pullback: p(d), error, f"{function}: {message}")
+            assert_refused(lambda d=cotangents, p=pullback: p(d), error, f"{function}: {message}")
 
 
 MERGE = {"o1": zeros(L, DV), "lse1": zeros(L), "o2": zeros(L, DV), "lse2": zeros(L)}
@@ -203,7 +205,7 @@ MERGE = {"o1": zeros(L, DV), "lse1": zeros(L), "o2": zeros(L, DV), "lse2": zeros
 )
 def test_merge_errors(argument, value, error, message):
     call = MERGE | {argument: value}
-    refused(lambda: fastseq.merge_attention(**call), error, f"merge_attention: {message}")
+    assert_refused(lambda: fastseq.merge_attention(**call), error, f"merge_attention: {message}")
 
 
 # The cache
@@ -243,7 +245,7 @@ def cache_of(held):
 )  # fmt: skip
 def test_a_refused_append_writes_nothing(k, v, counts, error, message):
     cache, before = cache_of([2, 4]), cache_of([2, 4])
-    refused(lambda: cache.append(k, v, counts), error, f"KVCache.append: {message}")
+    assert_refused(lambda: cache.append(k, v, counts), error, f"KVCache.append: {message}")
     assert_same_bits(
         {"k": cache.k, "v": cache.v, "lengths": cache.lengths},
         {"k": before.k, "v": before.v, "lengths": before.lengths},
@@ -258,7 +260,9 @@ def test_cache_truncates():
         ([1], "lengths must be (B,) = (2,), got (1,)"),
         (None, "lengths must not exceed [2, 4], got None"),
     ):
-        refused(lambda n=lengths: cache.truncate(n), ValueError, f"KVCache.truncate: {message}")
+        assert_refused(
+            lambda n=lengths: cache.truncate(n), ValueError, f"KVCache.truncate: {message}"
+        )
         assert cache.lengths.tolist() == [2, 4]
     cache.truncate(np.array([0, 3]))
     assert cache.lengths.tolist() == [0, 3]
@@ -266,7 +270,7 @@ def test_cache_truncates():
 
 def test_cache_of_another_dtype():
     message = "KVCache: dtype must be float32 or float64, got float16"
-    refused(lambda: fastseq.KVCache(1, 1, 1, 1, dtype=np.float16), TypeError, message)
+    assert_refused(lambda: fastseq.KVCache(1, 1, 1, 1, dtype=np.float16), TypeError, message)
 
 
 # Anything at all

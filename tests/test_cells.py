@@ -10,7 +10,7 @@ import pytest
 from cell_problems import INPUTS, READY, REWRITTEN, CellProblem, solve, solve_reference, vjp
 from finite_differences import assert_gradients_are_those_of
 from problems import CELLS, Problem, Result
-from running import assert_same_bits, judge, on_one_thread, python, refused
+from running import assert_refused, assert_same_bits, judge, on_one_thread, python
 from tolerance import assert_all_close
 
 import fastseq
@@ -228,7 +228,7 @@ ARRAYS = {name: CellProblem("peephole_lstm").inputs[name] for name in INPUTS}
 def test_errors_of_a_scan(change, error, message):
     cell = change.get("cell", READY["peephole_lstm"][0])
     given = ARRAYS | {k: a for k, a in change.items() if k != "cell"}
-    refused(lambda: fastseq.scan(cell, **given), error, message)
+    assert_refused(lambda: fastseq.scan(cell, **given), error, message)
 
 
 def test_what_a_cell_does_not_have_is_refused():
@@ -241,7 +241,7 @@ def test_what_a_cell_does_not_have_is_refused():
         ({"w_hh": np.zeros((4, 4))}, f"w_hh must be None for {name} with b_ih"),
     ]:
         call = lambda change=change: fastseq.scan(cell, **inputs | change)  # noqa: E731
-        refused(call, ValueError, f"ind_rnn: {message}")
+        assert_refused(call, ValueError, f"ind_rnn: {message}")
 
 
 FIRST_USE = """

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from problems import CELLS, Problem, forward, solve_reference
-from running import BIG_ENDIAN, INPUTS, ODD_DTYPES, assert_same_bits, refused, solve, zeros
+from running import BIG_ENDIAN, INPUTS, ODD_DTYPES, assert_refused, assert_same_bits, solve, zeros
 from tolerance import assert_all_close
 
 import fastseq
@@ -123,13 +123,13 @@ errors = pytest.mark.parametrize(("function", "argument", "value", "error", "mes
 @errors
 def test_errors(function, argument, value, error, message):
     given = arguments(function) | {argument: value}
-    refused(lambda: getattr(fastseq, function)(**given), error, message)
+    assert_refused(lambda: getattr(fastseq, function)(**given), error, message)
 
 
 @errors
 def test_vjp_raises_what_the_function_raises(function, argument, value, error, message):
     given = arguments(function) | {argument: value}
-    refused(lambda: fastseq.vjp(getattr(fastseq, function), **given), error, message)
+    assert_refused(lambda: fastseq.vjp(getattr(fastseq, function), **given), error, message)
 
 
 @pytest.mark.parametrize("function", ["lstm", "lstm_cell"])
@@ -142,14 +142,14 @@ def test_cell_state_errors(function):
         ([[0.0] * H] * B, TypeError, f"{name} must be a NumPy array, got list"),
     ):
         given = arguments(function) | {name: value}
-        refused(lambda given=given: call(**given), error, f"{function}: {message}")
+        assert_refused(lambda given=given: call(**given), error, f"{function}: {message}")
 
 
 @pytest.mark.parametrize("function", ["rnn", "rnn_cell"])
 def test_nonlinearity(function):
     given = arguments(function) | {"nonlinearity": "gelu"}
     message = f"{function}: nonlinearity must be 'tanh' or 'relu', got 'gelu'"
-    refused(lambda: getattr(fastseq, function)(**given), ValueError, message)
+    assert_refused(lambda: getattr(fastseq, function)(**given), ValueError, message)
 
 
 @pytest.mark.parametrize("function", ["gru", "lstm"])
@@ -157,7 +157,7 @@ def test_gates_do_not_divide(function):
     G = FUNCTIONS[function]
     given = arguments(function) | {"w_ih": zeros(G * H + 1, I)}
     message = f"{function}: w_ih must be ({G}H, I) with H >= 1, got ({G * H + 1}, 3)"
-    refused(lambda: getattr(fastseq, function)(**given), ValueError, message)
+    assert_refused(lambda: getattr(fastseq, function)(**given), ValueError, message)
 
 
 @pytest.mark.parametrize(
@@ -184,13 +184,13 @@ def test_pullback_errors(function):
         ((None, last(zeros(B, H + 1))), ValueError, "dh_n must be (B, H) = (2, 4), got (2, 5)"),
         ((None, last([0.0])), TypeError, "dh_n must be a NumPy array, got list"),
     ):
-        refused(lambda d=cotangents: pullback(d), error, f"{function}: {message}")
+        assert_refused(lambda d=cotangents: pullback(d), error, f"{function}: {message}")
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, "2"], ids=repr)
 def test_set_num_threads(n):
     message = f"set_num_threads: n must be a positive integer or None, got {n!r}"
-    refused(lambda: fastseq.set_num_threads(n), ValueError, message)
+    assert_refused(lambda: fastseq.set_num_threads(n), ValueError, message)
 
 
 # Anything at all: the reference's result, or an error; never a crash, never another result

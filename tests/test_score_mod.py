@@ -5,7 +5,7 @@ import pytest
 import score_mod_problems
 from attention_problems import ALL_OPTIONS, OPTIONS, solve_reference, solve_torch
 from attention_running import judge, packed, results, row, solve
-from running import assert_same_bits, refused, zeros
+from running import assert_refused, assert_same_bits, zeros
 from score_mod_problems import MODS, ScoreProblem
 from tolerance import assert_all_close, assert_close
 
@@ -169,9 +169,9 @@ def test_wrong_arguments_and_results_show_the_line():
 def test_other_things_are_refused():
     q = zeros(1, 1, 2, 4)
     message = "attention: score_mod must be made by fastseq.score_mod, got function"
-    refused(lambda: fastseq.attention(q, q, q, score_mod=lambda *a: a), TypeError, message)
+    assert_refused(lambda: fastseq.attention(q, q, q, score_mod=lambda *a: a), TypeError, message)
     message = "score_mod: function must be callable, got int"
-    refused(lambda: fastseq.score_mod(3), TypeError, message)
+    assert_refused(lambda: fastseq.score_mod(3), TypeError, message)
 
 
 # torch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cell_problems import NOISE, READY, CellProblem, solve
 from problems import Result
-from running import assert_same_bits, refused
+from running import assert_refused, assert_same_bits
 
 import fastseq
 
@@ -282,23 +282,23 @@ def test_streaming_in_chunks_is_one_call():
 def test_errors():
     cell, x = fastseq.cells.ind_rnn, torch.zeros(2, 1, 3)
     w, u = torch.zeros(4, 3), torch.zeros(1, 4)
-    refused(
+    assert_refused(
         lambda: fastseq.torch.nn.Recurrent("lstm", 3, 4),
         TypeError,
         "Recurrent: cell must be one of fastseq.cells or of fastseq.cell, got str",
     )
-    refused(
+    assert_refused(
         lambda: fastseq.torch.scan(cell, x, w),
         ValueError,
         "ind_rnn: params must be an array for <fastseq.cell ind_rnn(a, h, u): 1 gate> without b_ih",
     )
     given = {"params": u, "recurrent_mask": torch.ones(1, 4)}
-    refused(
+    assert_refused(
         lambda: fastseq.torch.scan(cell, x, w, **given),
         ValueError,
         "ind_rnn: recurrent_mask must not be given: the cell has no w_hh",
     )
-    refused(
+    assert_refused(
         lambda: fastseq.torch.scan(cell, x, w, params=u, zoneout_h=torch.ones(2, 1, 5)),
         ValueError,
         "ind_rnn: zoneout_h must be (T, B, H) = (2, 1, 4), got (2, 1, 5)",
@@ -314,7 +314,9 @@ def test_errors():
         ("RNN", {"recurrent_dropout": -1},
          "RNN: recurrent_dropout must be a probability below 1, got -1"),
     ):  # fmt: skip
-        refused(lambda n=name, o=options: getattr(fastseq.torch.nn, n)(3, 4, **o), ValueError, text)
+        assert_refused(
+            lambda n=name, o=options: getattr(fastseq.torch.nn, n)(3, 4, **o), ValueError, text
+        )
     with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got ndarray"):
         fastseq.torch.scan(cell, x, w, params=np.zeros((1, 4)))
     with pytest.raises(TypeError, match="float32 or float64 on the CPU, got float16"):

@@ -35,7 +35,7 @@ def arrays(made):
     return [p.grad.double().numpy().copy() for p in made if p.grad is not None]
 
 
-def refused(call, error, message):
+def assert_refused(call, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         call()
 
@@ -95,7 +95,9 @@ def test_norms_that_are_not_finite(bad):
         p.grad[1, 777] = bad
     before = arrays(ours)
     message = f"clip_grad_norm_: the norm of order 2 must be finite, got {bad}"
-    refused(lambda: ft.clip_grad_norm_(ours, 1.0, error_if_nonfinite=True), RuntimeError, message)
+    assert_refused(
+        lambda: ft.clip_grad_norm_(ours, 1.0, error_if_nonfinite=True), RuntimeError, message
+    )
     np.testing.assert_array_equal(arrays(ours)[4], before[4])
     norm = ft.clip_grad_norm_(ours, 1.0)
     peer = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
@@ -151,19 +153,19 @@ def test_clip_errors(name):
     limit = {"norm": "max_norm", "value": "clip_value"}[name]
     op = f"clip_grad_{name}_"
     p = parameters()[0]
-    refused(lambda: call([p], -1), ValueError, f"{op}: {limit} must be >= 0, got -1")
+    assert_refused(lambda: call([p], -1), ValueError, f"{op}: {limit} must be >= 0, got -1")
     half = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     half.grad = torch.zeros_like(half)
     message = "gradients[1] must be float32 or float64 on the CPU, got bfloat16 on cpu"
-    refused(lambda: call([p, half], 1.0), TypeError, f"{op}: {message}")
+    assert_refused(lambda: call([p, half], 1.0), TypeError, f"{op}: {message}")
     sparse = torch.nn.Parameter(torch.zeros(2, 2))
     sparse.grad = torch.eye(2).to_sparse()
     message = "gradients[0] must be a dense torch.Tensor, got torch.sparse_coo"
-    refused(lambda: call([sparse], 1.0), TypeError, f"{op}: {message}")
+    assert_refused(lambda: call([sparse], 1.0), TypeError, f"{op}: {message}")
     meta = torch.nn.Parameter(torch.zeros(2, device="meta"))
     meta.grad = torch.zeros_like(meta)
     message = "gradients[0] must be float32 or float64 on the CPU, got float32 on meta"
-    refused(lambda: call([meta], 1.0), TypeError, f"{op}: {message}")
+    assert_refused(lambda: call([meta], 1.0), TypeError, f"{op}: {message}")
 
 
 # Initial values
@@ -285,7 +287,7 @@ INIT_ERRORS = [
 
 @pytest.mark.parametrize(("name", "given", "options", "error", "message"), INIT_ERRORS)
 def test_init_errors(name, given, options, error, message):
-    refused(lambda: getattr(ft.init, name)(*given, **options), error, f"{name}: {message}")
+    assert_refused(lambda: getattr(ft.init, name)(*given, **options), error, f"{name}: {message}")
 
 
 # Truncated backpropagation
@@ -336,19 +338,19 @@ def test_loop_errors():
     for name, options in (("tbptt", {"chunk": 2}), ("gradient_flow", {})):
         call = getattr(ft, name)
         message = f"{name}: module must go forward in time, got bidirectional = True"
-        refused(lambda c=call, o=options: c(both, x, **o), ValueError, message)
+        assert_refused(lambda c=call, o=options: c(both, x, **o), ValueError, message)
         got = "got PackedSequence (which cannot be cut in time)"
         message = f"{name}: x must be a torch.Tensor, {got}"
-        refused(lambda c=call, o=options: c(module, packed, **o), TypeError, message)
+        assert_refused(lambda c=call, o=options: c(module, packed, **o), TypeError, message)
     message = "tbptt: chunk must be an integer >= 1, got 0"
-    refused(lambda: ft.tbptt(module, x, chunk=0), ValueError, message)
+    assert_refused(lambda: ft.tbptt(module, x, chunk=0), ValueError, message)
     message = "gradient_flow: x must have at least one step, got T = 0"
-    refused(lambda: ft.gradient_flow(module, x[:0]), ValueError, message)
+    assert_refused(lambda: ft.gradient_flow(module, x[:0]), ValueError, message)
     message = "gradient_flow: loss must be a scalar, got (11, 2, 5)"
-    refused(lambda: ft.gradient_flow(module, x, loss=lambda y: y), ValueError, message)
+    assert_refused(lambda: ft.gradient_flow(module, x, loss=lambda y: y), ValueError, message)
     message = "gradient_flow: module's output must be its state h (2, 5), got (1, 2, 1)"
     head = Headed(I, H)
-    refused(lambda: ft.gradient_flow(head, x), ValueError, message)
+    assert_refused(lambda: ft.gradient_flow(head, x), ValueError, message)
 
 
 class Headed(torch.nn.Module):

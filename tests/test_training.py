@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from running import assert_same_bits_in_order, refused
+from running import assert_refused, assert_same_bits_in_order
 from tolerance import assert_all_close, assert_close
 
 import fastseq
@@ -175,11 +175,11 @@ def test_plot(tmp_path):
 
 def test_plot_errors(monkeypatch, tmp_path):
     message = "plot_gradient_flow: norms must be (T,) with T >= 1, got (0,)"
-    refused(
+    assert_refused(
         lambda: fastseq.plot_gradient_flow(np.zeros(0), tmp_path / "x.png"), ValueError, message
     )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     message = "fastseq: plot_gradient_flow needs matplotlib: pip install matplotlib"
-    refused(
+    assert_refused(
         lambda: fastseq.plot_gradient_flow(np.ones(3), tmp_path / "x.png"), ImportError, message
     )

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from running import assert_same_bits_in_order, refused
+from running import assert_refused, assert_same_bits_in_order
 from tolerance import assert_close
 
 import fastseq
@@ -128,7 +128,7 @@ def test_norms_that_are_not_finite(at, dtype, bad, p, rng):
     arrays[1][at] = bad
     before = [a.copy() for a in arrays]
     message = f"clip_grad_norm_: the norm of order {p:g} must be finite, got {abs(bad)}"
-    refused(lambda: fastseq.clip_grad_norm_(arrays, 1.0, p, True), RuntimeError, message)
+    assert_refused(lambda: fastseq.clip_grad_norm_(arrays, 1.0, p, True), RuntimeError, message)
     assert_same_bits_in_order(arrays, before)
     peer_norm, peer = torch_clipped(arrays, 1.0, p)
     norm = fastseq.clip_grad_norm_(arrays, 1.0, p)
@@ -211,7 +211,7 @@ CLIP_ERRORS = [
 @pytest.mark.parametrize(("given", "error", "message"), CLIP_ERRORS)
 def test_clip_errors(given, error, message, name, argument):
     call = getattr(fastseq, f"clip_grad_{name}_")
-    refused(lambda: call(*given), error, f"clip_grad_{name}_: {message.format(argument)}")
+    assert_refused(lambda: call(*given), error, f"clip_grad_{name}_: {message.format(argument)}")
 
 
 @pytest.mark.parametrize(
@@ -224,4 +224,6 @@ def test_clip_errors(given, error, message, name, argument):
     ],
 )
 def test_norm_type_errors(p, error, message):
-    refused(lambda: fastseq.clip_grad_norm_([], 1.0, p), error, f"clip_grad_norm_: {message}")
+    assert_refused(
+        lambda: fastseq.clip_grad_norm_([], 1.0, p), error, f"clip_grad_norm_: {message}"
+    )

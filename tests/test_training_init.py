@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from running import assert_same_bits_in_order, refused
+from running import assert_refused, assert_same_bits_in_order
 from tolerance import assert_close
 
 import fastseq
@@ -96,4 +96,4 @@ INIT_ERRORS = [
 
 @pytest.mark.parametrize(("name", "given", "error", "message"), INIT_ERRORS)
 def test_init_errors(name, given, error, message):
-    refused(lambda: getattr(fastseq.init, name)(*given), error, f"{name}: {message}")
+    assert_refused(lambda: getattr(fastseq.init, name)(*given), error, f"{name}: {message}")

@@ -15,7 +15,7 @@ from attention_problems import (
 )
 from attention_running import lengths, pack, row
 from problems import Result
-from running import refused
+from running import assert_refused
 from tolerance import assert_all_close
 
 torch = pytest.importorskip("torch")
@@ -309,28 +309,28 @@ def test_empty_sizes(sizes):
 def test_errors_name_the_argument():
     q, k = torch.zeros(2, 4, 5, 3, device=DEVICE), torch.zeros(2, 2, 6, 3, device=DEVICE)
     where = q.device
-    refused(
+    assert_refused(
         lambda: fst.attention(q.double(), k.double(), k.double()), TypeError,
         "attention: q must be float32, bfloat16 or float16 on a CUDA device, "
         f"got float64 on {where}",
     )  # fmt: skip
-    refused(
+    assert_refused(
         lambda: fst.attention(q, k.half(), k), TypeError,
         "attention: k must be float32 as q is, got float16",
     )  # fmt: skip
-    refused(
+    assert_refused(
         lambda: fst.attention(q, k, k[:, :, 1:]), ValueError,
         "attention: v must be (B, NK, S, DV) = (2, 2, 6, 3), got (2, 2, 5, 3)",
     )  # fmt: skip
-    refused(
+    assert_refused(
         lambda: fst.attention(q, k, k, kv_lengths=torch.ones(3, dtype=torch.int64, device=where)),
         ValueError, "attention: kv_lengths must be (B,) = (2,), got (3,)",
     )  # fmt: skip
-    refused(
+    assert_refused(
         lambda: fst.attention(q, k, k, mask=torch.ones(5, 6, device=where)), TypeError,
         "attention: mask must be an array of bool, got float32",
     )  # fmt: skip
-    refused(
+    assert_refused(
         lambda: fst.attention(q, k, k, mask=torch.ones(5, 7, device=where, dtype=torch.bool)),
         ValueError, "attention: mask must broadcast to (B, NH, L, S) = (2, 4, 5, 6), got (5, 7)",
     )  # fmt: skip

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from linear_scan_problems import FUNCTIONS, ScanProblem, _torch_terms, solve_reference, torch_loop
-from running import refused
+from running import assert_refused
 from tolerance import assert_all_close
 
 torch = pytest.importorskip("torch")
@@ -158,18 +158,18 @@ def test_growth_past_float32_between_states_of_zero(cut):
 
 def test_errors():
     a = tensor(np.zeros((2, 3, 4)), "float32")
-    refused(
+    assert_refused(
         lambda: fst.linear_scan(a.double(), a.double()),
         TypeError,
         "linear_scan: a must be float32, bfloat16 or float16 on a CUDA device, "
         f"got float64 on {a.device}",
     )
-    refused(
+    assert_refused(
         lambda: fst.linear_scan(a, a[:1]),
         ValueError,
         "linear_scan: b must be (T, B, C) = (2, 3, 4), got (1, 3, 4)",
     )
-    refused(
+    assert_refused(
         lambda: fst.linear_scan(a, a.half()),
         TypeError,
         "linear_scan: b must be float32 as a is, got float16",

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from running import refused
+from running import assert_refused
 from tolerance import assert_close
 
 torch = pytest.importorskip("torch")
@@ -89,20 +89,22 @@ def test_fewer_axes_and_layouts():
 
 def test_errors_name_the_argument():
     x = torch.zeros(2, 3, 4, 6, device=DEVICE)
-    refused(
+    assert_refused(
         lambda: fst.rotary(x.double()), TypeError,
         "rotary: x must be float32, bfloat16 or float16 on a CUDA device, "
         f"got float64 on {x.device}",
     )  # fmt: skip
-    refused(
+    assert_refused(
         lambda: fst.rotary(x, dim=3), ValueError,
         "rotary: dim must be even and in 0..D = 0..6, got 3",
     )  # fmt: skip
-    refused(
+    assert_refused(
         lambda: fst.rotary(x, offsets=torch.zeros(3, dtype=torch.int64, device=DEVICE)),
         ValueError, "rotary: offsets must be (B,) = (2,), got (3,)",
     )  # fmt: skip
-    refused(lambda: fst.rotary(x, offsets=-1), ValueError, "rotary: offsets must be >= 0, got -1")
+    assert_refused(
+        lambda: fst.rotary(x, offsets=-1), ValueError, "rotary: offsets must be >= 0, got -1"
+    )
 
 
 def test_operator_is_registered_for_cuda_and_equals_the_direct_path():

@@ -7,7 +7,7 @@ Without a GPU the kernels run in Triton's interpreter on CPU tensors (float32 an
 import numpy as np
 import pytest
 from problems import CELLS, Problem, _torch_outputs, forward, solve_reference
-from running import refused
+from running import assert_refused
 from tolerance import assert_all_close, assert_close
 
 torch = pytest.importorskip("torch")
@@ -231,33 +231,33 @@ def forward_reference(problem):
 def test_errors():
     x, w = tensor(np.zeros((2, 3, 4)), "float32"), tensor(np.zeros((12, 4)), "float32")
     on = f"on {x.device}"
-    refused(
+    assert_refused(
         lambda: fst.gru(x.double(), w.double(), w.double()),
         TypeError,
         "gru: x must be float32, bfloat16 or float16 on a CUDA device, got float64 " + on,
     )
-    refused(
+    assert_refused(
         lambda: fst.gru(x, w, w[:, :3]),
         ValueError,
         "gru: w_hh must be (3H, H) = (12, 4), got (12, 3)",
     )
-    refused(
+    assert_refused(
         lambda: fst.gru(x, w, w.half()),
         TypeError,
         "gru: w_hh must be float32 as x is, got float16",
     )
-    refused(
+    assert_refused(
         lambda: fst.gru(x, w, w, lengths=torch.tensor([1, 2, 3])),
         ValueError,
         "gru: lengths must be in 0..T = 0..2, got lengths[2] = 3",
     )
-    refused(
+    assert_refused(
         lambda: fst.gru(x, w, w, resets=tensor(np.zeros((3, 2), bool))),
         ValueError,
         "gru: resets must be (T, B) = (2, 3), got (3, 2)",
     )
     projected = fst.nn.LSTM(4, 5, proj_size=2, clip_recurrent_grad=0.5).to(x.device)
-    refused(
+    assert_refused(
         lambda: projected(x),
         NotImplementedError,
         f"lstm: clip_recurrent_grad with a projection must be None on {x.device}, got 0.5",

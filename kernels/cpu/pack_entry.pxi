@@ -59,11 +59,6 @@ def tile_layout():
     }
 
 
-def to_cache_line(array):
-    """Elements between an array's start and the next 64-byte boundary."""
-    return (-<size_t>view(array).data) % 64 // sizeof(real)
-
-
 def fingerprint(list arrays):
     """A 64-bit hash of contiguous arrays' bytes, at the speed of memory."""
     cdef Py_buffer buffer

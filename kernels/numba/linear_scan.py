@@ -276,8 +276,8 @@ def _run(which, sequences, states, lengths, resets, reverse, threads):
         B, C = 1, B * C  # one long row
     masks = [0 if m is None else native.address(m) for m in (lengths, resets)]
     results = sequences[4:] if which else sequences[2:3]
-    whole = threads > 1 and all(map(_in_lines, results))
-    tile = _tile(B, C, itemsize, threads, OWN if whole else OWN_SHARED)
+    own = OWN if threads > 1 and all(map(_in_lines, results)) else OWN_SHARED
+    tile = _tile(B, C, itemsize, threads, own)
     large = T * B * C * itemsize >= STREAMED and min(tile, C) * itemsize >= 4 * LINES_BYTES
     streamed = large and _alike(*results)
     numbers = (T, B, C, itemsize, streamed, reverse, tile)

@@ -126,7 +126,7 @@ def take(job, tasks, backwards, phase):
 def record(*numbers, **axes):
     """The type of a job: numbers by name; per array its address and strides, named by its axes.
 
-    record("T", a="tb") has the fields of `take`, T, a, a_t, a_b; all int64.
+    record("T", a="tb") has the fields of `take` and `barrier`, T, a, a_t, a_b; all int64.
     """
     names = ["taken", "threads", "rank_of", "barrier", *numbers]
     for name, letters in axes.items():
